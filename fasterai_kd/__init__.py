@@ -1,0 +1,37 @@
+"Knowledge distillation for fastai: one callback, eight losses."
+
+__version__ = "0.1.0"
+
+from .distillation_callback import (
+    KnowledgeDistillationCallback,
+    get_model_layers,
+    get_module_by_name,
+    match_feature_layers,
+)
+from .losses import (
+    ActivationBoundaries,
+    Attention,
+    DecoupledKD,
+    FitNet,
+    Logits,
+    Mutual,
+    Similarity,
+    SoftTarget,
+)
+from .schedule import Schedule
+
+__all__ = [
+    "ActivationBoundaries",
+    "Attention",
+    "DecoupledKD",
+    "FitNet",
+    "KnowledgeDistillationCallback",
+    "Logits",
+    "Mutual",
+    "Schedule",
+    "Similarity",
+    "SoftTarget",
+    "get_model_layers",
+    "get_module_by_name",
+    "match_feature_layers",
+]

@@ -1,0 +1,23 @@
+"Run a model in evaluation mode and leave no trace."
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+__all__ = ["evaluating"]
+
+
+@contextmanager
+def evaluating(model: nn.Module, modules: list[nn.Module] | None = None) -> Iterator[None]:
+    "`model` in evaluation mode; afterwards each of its `modules` has its own `training` flag back."
+    training = [m for m in (model.modules() if modules is None else modules) if m.training]
+    if not training:
+        yield
+        return
+    model.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True

@@ -1,0 +1,47 @@
+"Plain things out of wrapped ones: tensors for the losses, models for the hooks."
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from fastai.torch_core import get_model
+from torch import Tensor, nn
+
+__all__ = ["only_tensor", "plain", "shape_of", "unwrap"]
+
+
+def plain(x: Any) -> Any:
+    "`x` without its tensor subclass (fastai's `TensorImage`, ...) and, if half precision, in float32."
+    if not isinstance(x, Tensor):
+        return x
+    if type(x) is not Tensor:
+        x = x.as_subclass(Tensor)
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def only_tensor(
+    output: Any,  # what a module returned
+    what: str,  # what it is, for the error: "layer 'rnn' of the student"
+) -> Tensor:
+    "The tensor in `output`, which may be a tuple, list or dict as long as it holds just one."
+    if isinstance(output, Tensor):
+        return output
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    tensors = [o for o in parts if isinstance(o, Tensor)]
+    if len(tensors) != 1:
+        raise TypeError(
+            f"{what} returns a {type(output).__name__} with {len(tensors)} tensors, expected one tensor: "
+            "name a layer inside it instead"
+        )
+    return tensors[0]
+
+
+def shape_of(x: Tensor) -> str:
+    "The shape as a user writes it: `(8, 64, 7, 7)`."
+    return str(tuple(x.shape))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    "The user's model inside DataParallel, DistributedDataParallel and torch.compile."
+    inner: nn.Module = get_model(getattr(model, "_orig_mod", model))
+    return getattr(inner, "_orig_mod", inner)

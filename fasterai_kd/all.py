@@ -1,0 +1,4 @@
+"The star door for notebooks: `from fasterai_kd.all import *`."
+
+from .distillation_callback import *
+from .losses import *

@@ -1,0 +1,112 @@
+"Which layer of the student goes with which layer of the teacher."
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+from fastai.callback.hook import Hooks
+from fastcore.basics import tuplify
+from torch import Tensor, nn
+
+from .._modes import evaluating
+
+__all__ = ["LayerPairs", "get_model_layers", "get_module_by_name", "match_feature_layers"]
+
+_SKIPPED = (nn.ReLU, nn.ReLU6, nn.BatchNorm2d, nn.Dropout, nn.Identity)
+_Shapes = dict[str, tuple[int, ...]]
+
+
+def get_model_layers(
+    model: nn.Module,
+    get_layer_repr: bool = False,  # a dict of name → representation instead of a list of names
+) -> list[str] | dict[str, str]:
+    "The names of all layers of `model`, parents before children."
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    return {name: repr(m) for name, m in layers.items()} if get_layer_repr else list(layers)
+
+
+def get_module_by_name(
+    module: Any,  # a model, or anything that holds one (a Learner)
+    access_string: str,  # dotted path: "layer1.0.conv1"
+) -> nn.Module | None:
+    "The layer at that path, or None."
+    try:
+        found = attrgetter(access_string)(module)
+    except AttributeError:
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def match_feature_layers(
+    student_model: nn.Module,
+    teacher_model: nn.Module,
+    sample_input: Tensor | tuple[Tensor, ...],  # a batch as the models see it, one sample is enough
+) -> "LayerPairs":
+    """Pairs of layers whose feature maps have the same resolution, from large to small.
+
+    Runs both models once in evaluation mode. Of the layers that give maps (B, C, H, W) of one resolution the
+    shallowest in the tree of modules is taken, of equally deep ones the one that runs last. Activations, BatchNorm,
+    Dropout and Identity do not count, nor do 1×1 maps. Both models are left as they were.
+
+    Returns `{"student": [names], "teacher": [names]}`, which prints as a table.
+    Raises ValueError if no resolution is shared.
+    """
+    student, teacher = _map_shapes(student_model, sample_input), _map_shapes(teacher_model, sample_input)
+    by_res_s, by_res_t = _best_by_resolution(student), _best_by_resolution(teacher)
+    shared = sorted(by_res_s.keys() & by_res_t.keys(), key=lambda r: (r[0] * r[1], r[0]), reverse=True)
+    if not shared:
+        raise ValueError(
+            f"no resolution is shared: the student's maps are {_list(by_res_s)}, the teacher's {_list(by_res_t)}. "
+            "Name layers by hand: Attention takes maps of any resolution, Similarity any features "
+            "(of a vision transformer, say, where they are (B, tokens, channels))"
+        )
+    pairs = LayerPairs(student=[by_res_s[r] for r in shared], teacher=[by_res_t[r] for r in shared])
+    pairs.shapes_student, pairs.shapes_teacher = student, teacher
+    return pairs
+
+
+class LayerPairs(dict[str, list[str]]):
+    "`{'student': names, 'teacher': names}`, paired by position; prints as a table."
+
+    shapes_student: _Shapes
+    shapes_teacher: _Shapes
+
+    def __repr__(self) -> str:
+        rows = [f"{'Student':<16} {'Teacher':<16} {'resolution':<12} {'channels':<12} losses that fit"]
+        for s, t in zip(self["student"], self["teacher"], strict=True):
+            (c_s, *res), (c_t, *_) = self.shapes_student[s], self.shapes_teacher[t]
+            fit = "all" if c_s == c_t else "Attention, Similarity"
+            size = "x".join(map(str, res))
+            rows.append(f"{s:<12} <-> {t:<16} {size:<12} {f'{c_s} <-> {c_t}':<12} {fit}")
+        return "\n".join(rows)
+
+
+def _map_shapes(model: nn.Module, sample_input: Tensor | tuple[Tensor, ...]) -> _Shapes:
+    "(C, H, W) of each layer that gives maps, in the order in which the layers run."
+    names = {m: name for name, m in model.named_modules() if name and not isinstance(m, _SKIPPED)}
+    shapes: _Shapes = {}
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4:
+            shapes[names[module]] = tuple(output.shape[1:])
+
+    param = next(model.parameters(), torch.empty(0))
+    xb = [x.to(param.device) for x in tuplify(sample_input)]
+    if len(xb) == 1 and xb[0].ndim == 3:
+        xb = [xb[0].unsqueeze(0)]
+    with torch.no_grad(), evaluating(model), Hooks(names, note, detach=False):
+        model(*xb)
+    return shapes
+
+
+def _best_by_resolution(shapes: _Shapes) -> dict[tuple[int, ...], str]:
+    best: dict[tuple[int, ...], str] = {}
+    for name, (_, *res) in shapes.items():
+        r = tuple(res)
+        if r != (1, 1) and (r not in best or name.count(".") <= best[r].count(".")):
+            best[r] = name
+    return best
+
+
+def _list(by_res: dict[tuple[int, ...], str]) -> str:
+    return ", ".join(f"{h}x{w} ({name})" for (h, w), name in by_res.items()) or "none"
