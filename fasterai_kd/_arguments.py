@@ -16,7 +16,7 @@ def check_weights(weight: float, task_weight: float | None, where: str = "") -> 
     "A share of the loss, or two weights ≥ 0."
     top = 1 if task_weight is None else math.inf
     if not 0 <= weight <= top or weight == math.inf:
-        hint = "; for larger weights set task_weight too, which makes the loss a sum" if top == 1 else ""
+        hint = "; for a larger weight give task_weight too: the loss is then a sum" if top == 1 else ""
         raise ValueError(f"weight must be between 0 and {top:g}, got {weight:g}{where}{hint}")
     if task_weight is not None and not 0 <= task_weight < math.inf:
         raise ValueError(f"task_weight must be 0 or more, got {task_weight}")
@@ -28,8 +28,8 @@ def check_schedule(schedule: Any) -> None:
         raise TypeError(f"schedule must be a Schedule or a function pct → factor, got {schedule!r}")
 
 
-def loss_parameters(loss: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    "The named parameters of `loss`, which must be callable as the callback will call it."
+def loss_parameters(loss: Callable[..., Any]) -> dict[str, bool]:
+    "The named parameters of `loss` → are they required? The callback must be able to call it."
     if not callable(loss):
         raise TypeError(f"loss must be a function such as SoftTarget, got {loss!r}")
     signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
@@ -41,25 +41,24 @@ def loss_parameters(loss: Callable[..., Any]) -> dict[str, inspect.Parameter]:
             f"{name}{signature} cannot be called as loss(pred=, teacher_pred=, fm_s=, fm_t=, target=): {e}. "
             "Name the arguments it uses so, and add **kwargs for the others"
         ) from None
-    return dict(signature.parameters)
+    return {name: p.default is p.empty for name, p in signature.parameters.items()}
 
 
 def check_layers(
     student: Sequence[str],
     teacher: Sequence[str],
-    loss_params: dict[str, inspect.Parameter],
+    loss_params: dict[str, bool],
     teacher_model: nn.Module,
 ) -> None:
     "Pairs of names, present if the loss needs them."
-    if len(student) != len(teacher):
-        raise ValueError(
-            f"layers pair by position: activations_student has {len(student)} ({', '.join(student)}), "
-            f"activations_teacher {len(teacher)} ({', '.join(teacher)})"
-        )
     if not all(isinstance(name, str) for name in (*student, *teacher)):
         raise TypeError(f"layers are given by name, as in get_model_layers(model): got {student} and {teacher}")
-    needs = any(k in loss_params and loss_params[k].default is inspect.Parameter.empty for k in ("fm_s", "fm_t"))
-    if needs and not student:
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"layers pair by position, but activations_student has {len(student)} {list(student)} and "
+            f"activations_teacher {len(teacher)} {list(teacher)}"
+        )
+    if not student and (loss_params.get("fm_s") or loss_params.get("fm_t")):
         raise ValueError(
             "this loss compares layers: give activations_student and activations_teacher, "
             "e.g. pairs['student'] and pairs['teacher'] of match_feature_layers(student, teacher, x)"

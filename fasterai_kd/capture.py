@@ -1,9 +1,10 @@
-"Features of named layers of one model, taken by forward hooks."
+"Features of named layers of a model, taken by forward hooks."
 
 from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -14,31 +15,35 @@ __all__ = ["FeatureCapture"]
 
 
 class FeatureCapture:
-    """Between `start` and `stop` keeps what the named layers of `model` last returned; `take` hands it over.
+    """From `start` to `take` or `stop`, keeps what the named layers of one model return.
 
-    A later operation may overwrite a layer's output in place (`bn → relu(inplace=True)`). The feature is the output
-    as the layer returned it, so such an output is cloned. Which layers need that shows in the first forward, where
-    all are cloned: a tensor's version counter moves when it is overwritten.
+    A layer that runs several times in a forward pass counts with its last output. A later operation may overwrite an
+    output in place (`bn → relu(inplace=True)`); the feature is what the layer returned, so such an output is cloned.
+    Which ones need it shows in a layer's first forward, where all are cloned: the version counter of a tensor moves
+    when it is overwritten.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        names: Sequence[str],  # layer names in the order of the pairs; a name may come twice
+        names: Sequence[str],  # layers in the order of the pairs; one may come twice
         whose: str,  # "student" or "teacher", for errors
     ):
-        self.names, self.whose = list(names), whose
-        self.layers = {name: self._find(model, name) for name in self.names}
-        self.recording = True
+        self.names, self.whose, self.recording = list(names), whose, True
         self._handles: list[RemovableHandle] = []
         self._features: dict[str, Tensor] = {}
-        self._watched: dict[str, tuple[Tensor, int, bool]] = {}  # output, its version then, training
-        self._overwritten: dict[tuple[str, bool], bool] = {}  # by layer and training flag; absent: not known yet
+        self._outputs: dict[str, tuple[nn.Module, bool, Tensor, int]] = {}  # layer, its mode, output, its version
+        self._overwritten: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()  # by mode, if known
 
-    def start(self) -> None:
-        "Hook the layers."
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        "The named layers; ValueError for a name that `model` does not have."
+        return {name: self._find(model, name) for name in self.names}
+
+    def start(self, model: nn.Module) -> "FeatureCapture":
+        "Hook the layers of `model`; as a context manager, until its end."
         self.stop()
-        self._handles = [m.register_forward_hook(partial(self._keep, name)) for name, m in self.layers.items()]
+        layers = self.layers(model).items()
+        self._handles = [layer.register_forward_hook(partial(self._keep, name)) for name, layer in layers]
+        return self
 
     def stop(self) -> None:
         "Remove the hooks and forget the features."
@@ -46,57 +51,53 @@ class FeatureCapture:
             handle.remove()
         self._handles = []
         self._features.clear()
-        self._watched.clear()
+        self._outputs.clear()
 
     def take(self) -> dict[str, Tensor]:
-        "The features by layer name, in the order given; a repeated name gets `#2`, `#3`, ... Then `stop`."
+        "Stop; the features by name in the order given, where a repeated name gets `#2`, `#3`, ..."
         for name in self.names:
             if name not in self._features:
                 raise RuntimeError(f"layer {name!r} of the {self.whose} did not run in the forward pass: name another")
-        for name, (output, version, training) in self._watched.items():
-            self._learn_overwriting(name, output._version != version, training)
+        for name, (layer, mode, output, version) in self._outputs.items():
+            self._note_overwriting(name, layer, mode, output._version != version)
         features: dict[str, Tensor] = {}
-        for name in self.names:
-            features[self._key(name, features)] = plain(self._features[name])
+        for i, name in enumerate(self.names):
+            n = self.names[:i].count(name) + 1
+            features[name if n == 1 else f"{name}#{n}"] = plain(self._features[name])
         self.stop()
         return features
 
     def __enter__(self) -> "FeatureCapture":
-        self.start()
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self.stop()
 
-    def _keep(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+    def _keep(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
         if not self.recording:
             return
         output = only_tensor(output, f"layer {name!r} of the {self.whose}")
-        overwritten = self._overwritten.get((name, module.training))
+        overwritten = self._overwritten.get(layer, {}).get(layer.training)
         if not overwritten:
-            self._watched[name] = (output, output._version, module.training)
+            self._outputs[name] = (layer, layer.training, output, output._version)
         self._features[name] = output if overwritten is False else output.clone()
 
-    def _learn_overwriting(self, name: str, changed: bool, training: bool) -> None:
-        if changed and self._overwritten.get((name, training)) is False:
+    def _note_overwriting(self, name: str, layer: nn.Module, mode: bool, overwritten: bool) -> None:
+        if overwritten and self._overwritten.get(layer, {}).get(mode) is False:
             raise RuntimeError(
                 f"the output of layer {name!r} of the {self.whose} was overwritten in place in this batch, "
                 "but not in the first one, so its features are lost: name another layer"
             )
-        self._overwritten[name, training] = changed
-
-    @staticmethod
-    def _key(name: str, taken: dict[str, Tensor]) -> str:
-        key, n = name, 1
-        while key in taken:
-            n += 1
-            key = f"{name}#{n}"
-        return key
+        self._overwritten.setdefault(layer, {})[mode] = overwritten
 
     def _find(self, model: nn.Module, name: str) -> nn.Module:
+        if self.whose == "student" and not hasattr(model, "model"):
+            name = name.removeprefix("model.")  # fasterai takes names that start at the Learner
         try:
             return model.get_submodule(name)
         except AttributeError:
-            near = get_close_matches(name, [n for n, _ in model.named_modules(remove_duplicate=False)], n=3, cutoff=0.5)
+            near = get_close_matches(
+                name, [n for n, _ in model.named_modules(remove_duplicate=False)], n=3, cutoff=0.75
+            )
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "get_model_layers(model) lists them"
             raise ValueError(f"the {self.whose} has no layer {name!r}: {hint}") from None

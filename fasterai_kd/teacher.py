@@ -11,19 +11,7 @@ from torch import Tensor, nn
 from ._modes import evaluating
 from ._tensors import only_tensor, plain
 
-__all__ = ["Ensemble", "Teacher", "as_model"]
-
-
-class Ensemble(nn.Module):
-    "Several classifiers as one: the mean of their probabilities, as log-probabilities."
-
-    def __init__(self, models: Sequence[nn.Module]):
-        super().__init__()
-        self.models = nn.ModuleList(models)
-
-    def forward(self, *xb: Any) -> Tensor:
-        log_probs = [logits(m(*xb)).log_softmax(1) for m in self.models]
-        return torch.stack(log_probs).exp().mean(0).log()
+__all__ = ["Ensemble", "Teacher", "as_model", "logits"]
 
 
 class Teacher:
@@ -43,15 +31,27 @@ class Teacher:
         with evaluating(self.model, self._modules):
             return self.model(*self._inputs(xb))
 
-    def _inputs(self, xb: Sequence[Any]) -> Any:
-        "The student's inputs in the teacher's precision; moves the teacher where they are."
-        xb = [plain(x) for x in xb]
-        x, p = next((x for x in xb if isinstance(x, Tensor)), None), self._param
-        if p is None or x is None:
-            return xb
-        if p.device != x.device:
-            self.model.to(x.device)
-        return [x.to(p.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in xb]
+    def _inputs(self, xb: Sequence[Any]) -> list[Any]:
+        "The student's inputs in the teacher's precision; moves the teacher to them."
+        inputs, p = [plain(x) for x in xb], self._param
+        device = next((x.device for x in inputs if isinstance(x, Tensor)), None)
+        if p is None or device is None:
+            return inputs
+        if p.device != device:
+            self.model.to(device)
+        return [x.to(p.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+
+
+class Ensemble(nn.Module):
+    "Several classifiers as one: the mean of their probabilities, as log-probabilities."
+
+    def __init__(self, models: Sequence[nn.Module]):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, *xb: Any) -> Tensor:
+        log_probs = torch.stack([logits(m(*xb)).float().log_softmax(1) for m in self.models])
+        return log_probs.logsumexp(0) - torch.tensor(len(self.models)).log()
 
 
 def as_model(

@@ -1,0 +1,99 @@
+"The teacher answers in evaluation mode, without a graph, and is left as it was."
+
+import pytest
+import torch
+from conftest import Net, same, state
+from fastai.vision.core import TensorImage
+from torch import nn
+
+from fasterai_kd.teacher import Ensemble, Teacher, as_model, logits
+
+
+def test_the_teacher_answers_in_evaluation_mode_without_a_graph():
+    model, x = Net().train(), torch.randn(4, 3, 16, 16)
+    out = Teacher(model)([x])
+    assert not out.requires_grad
+    assert torch.equal(out, model.eval()(x))
+
+
+def test_train_flags_weights_statistics_and_requires_grad_are_as_before_also_after_an_exception():
+    model = Net().train()
+    model.bn1.eval()
+    model.conv1.requires_grad_(False)
+    flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    before = state(model)
+    Teacher(model)([torch.randn(4, 3, 16, 16)])
+    with pytest.raises(RuntimeError):
+        Teacher(model)([torch.randn(4, 1, 16, 16)])
+    assert flags == ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()])
+    assert same(before, state(model))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_the_teacher_gives_may_be_saved_for_backward():
+    out = Teacher(nn.Linear(2, 2))([torch.randn(3, 2)])
+    (nn.Parameter(torch.randn(3, 2)) * out).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_teacher_in_another_precision_gets_inputs_in_it(dtype):
+    model = nn.Linear(3, 2).to(dtype)
+    assert Teacher(model)([torch.randn(4, 3)]).dtype == dtype
+
+
+def test_integer_inputs_and_other_arguments_pass_as_they_are():
+    class Tabular(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb = nn.Embedding(5, 2)
+
+        def forward(self, cats, conts, name):
+            assert name == "x"
+            return self.emb(cats) + conts
+
+    assert Teacher(Tabular())([torch.tensor([1, 2]), torch.randn(2, 2), "x"]).shape == (2, 2)
+
+
+def test_the_teacher_sees_plain_tensors():
+    model = nn.Identity()
+    assert type(Teacher(model)([TensorImage(torch.zeros(1, 2))])) is torch.Tensor
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_teacher_moves_to_the_device_of_the_batch():
+    assert Teacher(nn.Linear(3, 2))([torch.randn(4, 3, device="cuda")]).is_cuda
+
+
+def test_an_ensemble_gives_the_log_of_the_mean_probability():
+    models, x = [Net().eval(), Net().eval(), Net().eval()], torch.randn(4, 3, 16, 16)
+    mean = torch.stack([m(x).softmax(1) for m in models]).mean(0)
+    out = Teacher(Ensemble(models))([x])
+    torch.testing.assert_close(out.softmax(1), mean)
+    torch.testing.assert_close(out, mean.log())
+
+
+def test_a_teacher_may_be_a_model_a_learner_an_exported_learner_or_a_list(make_learner, teacher):
+    learn = make_learner(teacher)
+    learn.export("t.pkl")
+    assert as_model(teacher) is teacher
+    assert as_model(learn) is teacher
+    for path in (learn.path / "t.pkl", str(learn.path / "t.pkl")):
+        assert same(state(as_model(path)), state(teacher))
+    assert list(as_model([teacher, learn]).models) == [teacher, teacher]
+
+
+@pytest.mark.parametrize("bad", [None, Net, [], 3, {"a": 1}], ids=repr)
+def test_anything_else_is_refused(bad):
+    with pytest.raises(TypeError, match="teacher must be a model"):
+        as_model(bad)
+
+
+def test_predictions_are_found_among_several_outputs():
+    t, u = torch.zeros(1), torch.ones(1)
+    assert logits(t) is t
+    assert logits((t, u)) is t
+    assert logits({"out": t, "aux": u}) is t
+    assert logits({"logits": t, "hidden": u}) is t
+    assert logits({"anything": t}) is t
+    with pytest.raises(TypeError, match="the teacher returns a dict with 2 tensors"):
+        logits({"a": t, "b": u})
