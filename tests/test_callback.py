@@ -73,7 +73,7 @@ def test_weights_of_a_sum_must_be_finite_and_not_negative(teacher, weight, task_
 
 
 BAD_FITS = [
-    (ValueError, "the student has no layer 'layr1': did you mean 'layer1'", lambda t: (t, Attention, "layr1", "layer1")),
+    (ValueError, "student has no layer 'layr1': did you mean 'layer1'", lambda t: (t, Attention, "layr1", "layer1")),
     (ValueError, "SoftTarget needs outputs of one shape: the student gives .4, 4., the teacher .4, 7.",
      lambda t: (Net(classes=7), SoftTarget)),
     (ValueError, "FitNet needs features of one shape, but student layer 'conv1' and teacher layer 'conv1' give "

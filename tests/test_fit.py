@@ -241,7 +241,7 @@ def test_the_callback_is_a_drop_in_for_every_fit(make_learner, teacher, how, los
     assert hooks(learn.model) == hooks(teacher) == 0
 
 
-@pytest.mark.filterwarnings("ignore:numpy.core is deprecated")  # fastai loads the weights back
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # fastai loads the weights back
 def test_lr_find_distils_and_leaves_no_trace(make_learner, teacher):
     calls = []
     teacher.register_forward_hook(lambda *_: calls.append(1))
