@@ -75,6 +75,7 @@ class KnowledgeDistillationCallback(Callback):
         self._init_state()
         if self.teacher is None:
             return
+        self._ask_teacher = Teacher(self.teacher)  # with the modules that it has by now
         if self._student is unwrap(self.teacher):
             raise ValueError("teacher and student are the same model: train a new one, e.g. a smaller one")
         self._capture_s.layers(self._student)
@@ -219,6 +220,7 @@ class KnowledgeDistillationCallback(Callback):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learn" and value is None:  # the end of a fit with `cbs=kd`, whatever ended it
             self._stop()
+            self._parts.forget()
         super().__setattr__(name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KnowledgeDistillationCallback":

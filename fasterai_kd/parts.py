@@ -17,9 +17,13 @@ class LossParts:
 
     def reset(self) -> None:
         "A new fit."
-        self._last: tuple[Tensor, Tensor] | None = None
+        self.forget()
         self._steps: list[tuple[Tensor, Tensor, float]] = []
         self._history: dict[str, list[float]] = {"task_loss": [], "kd_loss": [], "weight": []}
+
+    def forget(self) -> None:
+        "The end of a fit: metrics of one without the callback must not show its last batch."
+        self._last = (torch.tensor(torch.nan), torch.tensor(torch.nan))
 
     def note(
         self,
@@ -50,10 +54,10 @@ class LossParts:
         "Means over the samples."
         return [AvgMetric(self.task_loss), AvgMetric(self.kd_loss)]
 
-    def task_loss(self, *preds_and_targets: Any) -> Tensor | None:
+    def task_loss(self, *preds_and_targets: Any) -> Tensor:
         "Of the last batch."
-        return self._last and self._last[0]
+        return self._last[0]
 
-    def kd_loss(self, *preds_and_targets: Any) -> Tensor | None:
+    def kd_loss(self, *preds_and_targets: Any) -> Tensor:
         "Of the last batch."
-        return self._last and self._last[1]
+        return self._last[1]

@@ -494,6 +494,14 @@ def test_metrics_work_on_the_training_set_and_show_nan_where_the_teacher_did_not
     assert valid_kd != valid_kd
 
 
+def test_metrics_of_a_fit_without_the_callback_are_nan_not_those_of_the_last_fit_with_it(make_learner, teacher):
+    kd = kd_for(teacher, SoftTarget)
+    learn = make_learner(metrics=kd.metrics)
+    for cbs in (kd, None):
+        learn.fit(1, 0.01, cbs=cbs)
+        assert [v == v for v in learn.recorder.values[-1][2:]] == 2 * [cbs is kd]
+
+
 def test_history_is_that_of_the_last_fit_step_by_step(make_learner, teacher):
     seen, kd = [], kd_for(teacher, SoftTarget, weight=0.4)
     learn = make_learner()
