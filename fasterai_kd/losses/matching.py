@@ -60,25 +60,28 @@ def match_feature_layers(
             "Name layers by hand: Attention takes maps of any resolution, Similarity any features "
             "(of a vision transformer, say, where they are (B, tokens, channels))"
         )
-    pairs = LayerPairs(student=[by_res_s[r] for r in shared], teacher=[by_res_t[r] for r in shared])
-    pairs.shapes_student, pairs.shapes_teacher = student, teacher
-    return pairs
+    return LayerPairs([by_res_s[r] for r in shared], [by_res_t[r] for r in shared], student, teacher)
 
 
 class LayerPairs(dict[str, list[str]]):
     "`{'student': names, 'teacher': names}`, paired by position; prints as a table."
 
-    shapes_student: _Shapes
-    shapes_teacher: _Shapes
+    def __init__(self, student: list[str], teacher: list[str], shapes_s: _Shapes, shapes_t: _Shapes):
+        super().__init__(student=student, teacher=teacher)
+        self._shapes_s, self._shapes_t = shapes_s, shapes_t
 
     def __repr__(self) -> str:
         rows = [f"{'Student':<16} {'Teacher':<16} {'resolution':<12} {'channels':<12} losses that fit"]
-        for s, t in zip(self["student"], self["teacher"], strict=True):
-            (c_s, *res), (c_t, *_) = self.shapes_student[s], self.shapes_teacher[t]
-            fit = "all" if c_s == c_t else "Attention, Similarity"
-            size = "x".join(map(str, res))
-            rows.append(f"{s:<12} <-> {t:<16} {size:<12} {f'{c_s} <-> {c_t}':<12} {fit}")
+        rows += [self._row(s, t) for s, t in zip(self["student"], self["teacher"], strict=True)]
         return "\n".join(rows)
+
+    def _row(self, s: str, t: str) -> str:
+        names = f"{s:<12} <-> {t}"
+        if s not in self._shapes_s or t not in self._shapes_t:  # named by hand
+            return names
+        (c_s, *res), (c_t, *_) = self._shapes_s[s], self._shapes_t[t]
+        size, channels = "x".join(map(str, res)), f"{c_s} <-> {c_t}"
+        return f"{names:<33} {size:<12} {channels:<12} {'all' if c_s == c_t else 'Attention, Similarity'}"
 
 
 def _map_shapes(model: nn.Module, sample_input: Tensor | tuple[Tensor, ...]) -> _Shapes:
