@@ -79,9 +79,10 @@ class LayerPairs(dict[str, list[str]]):
         names = f"{s:<12} <-> {t}"
         if s not in self._shapes_s or t not in self._shapes_t:  # named by hand
             return names
-        (c_s, *res), (c_t, *_) = self._shapes_s[s], self._shapes_t[t]
-        size, channels = "x".join(map(str, res)), f"{c_s} <-> {c_t}"
-        return f"{names:<33} {size:<12} {channels:<12} {'all' if c_s == c_t else 'Attention, Similarity'}"
+        (c_s, *res_s), (c_t, *res_t) = self._shapes_s[s], self._shapes_t[t]
+        sizes = ["x".join(map(str, res)) for res in ((res_s,) if res_s == res_t else (res_s, res_t))]
+        fit = "all" if self._shapes_s[s] == self._shapes_t[t] else "Attention, Similarity"
+        return f"{names:<33} {' <-> '.join(sizes):<12} {f'{c_s} <-> {c_t}':<12} {fit}"
 
 
 def _map_shapes(model: nn.Module, sample_input: Tensor | tuple[Tensor, ...]) -> _Shapes:
