@@ -49,7 +49,7 @@ class Schedule:
     ) -> float:
         "The value at `pct_train`."
         if pct_train < self.start_pct:
-            return self.start_val
+            return float(self.start_val)
         done = pct_train >= self.end_pct
         pos = 1.0 if done else (pct_train - self.start_pct) / (self.end_pct - self.start_pct)
         return float(self.sched_func(self.start_val, self.end_val, pos))
@@ -102,8 +102,8 @@ def sched_onecycle(
 
 
 def sched_dsd(start: float, end: float, pos: float) -> float:
-    "To `end` and back to `start`, along cosines."
-    return sched_cos(start, end, 2 * pos) if pos < 0.5 else sched_cos(end, start, 2 * pos - 1)
+    "To `end` in the middle and back to `start`, along a cosine."
+    return sched_cos(start, end, 2 * pos)
 
 
 one_shot = Schedule(sched_oneshot, start_pct=0.5)

@@ -415,3 +415,14 @@ def test_attention_of_features_that_are_no_maps_is_refused(shape):
         Attention({"conv": features(3, 4, 2, 2)}, {"stem": features(*shape)})
     with pytest.raises(ValueError, match=shapes(shape, shape)):
         Attention({"conv": features(*shape)}, {"stem": features(*shape)})
+
+
+def test_attention_refuses_maps_of_one_pixel_whose_loss_would_always_be_0():
+    fm = {"avgpool": torch.randn(4, 8, 1, 1)}
+    with pytest.raises(ValueError, match="'avgpool' and teacher layer 'layer4' one has 1x1"):
+        Attention(fm, {"layer4": torch.randn(4, 8, 7, 7)})
+
+
+def test_missing_features_are_an_error_that_says_what_to_give():
+    with pytest.raises(ValueError, match="got 0 of the student and 0 of the teacher: give activations_student"):
+        Attention(None, None)

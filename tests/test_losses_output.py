@@ -380,7 +380,7 @@ def test_outputs_that_are_no_tensors_are_refused(loss):
 @pytest.mark.parametrize("loss", [SoftTarget, DecoupledKD])
 @pytest.mark.parametrize("T", [0, -1.0, float("nan")])
 def test_a_temperature_that_is_not_positive_is_refused(loss, T):
-    with pytest.raises(ValueError, match=rf"{loss.__name__} needs a temperature T > 0, got {T}"):
+    with pytest.raises(ValueError, match=rf"{loss.__name__} needs a finite temperature T > 0, got {T}"):
         loss(x23, x23, T=T, target=y2)
 
 
@@ -423,3 +423,14 @@ def test_dense_targets_need_one_class_index_a_position():
 def test_an_unknown_reduction_is_refused():
     with pytest.raises(ValueError, match="reduction must be 'mean' or 'none', got 'sum'"):
         DecoupledKD(x23, x23, target=y2, reduction="sum")
+
+
+def test_labels_that_are_not_one_tensor_are_refused():
+    z = torch.randn(2, 3)
+    with pytest.raises(TypeError, match="DecoupledKD needs one tensor of labels, got a tuple"):
+        DecoupledKD(z, z, target=(torch.tensor([0, 1]), torch.tensor([0, 1])))
+
+
+def test_an_infinite_temperature_is_refused():
+    with pytest.raises(ValueError, match="finite temperature"):
+        SoftTarget(torch.randn(2, 3), torch.randn(2, 3), T=float("inf"))

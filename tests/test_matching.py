@@ -127,6 +127,15 @@ def test_pairs_can_be_edited_and_still_print(pairs):
     assert str(edited).splitlines()[-1].startswith("fc           <-> 1.8")
 
 
+def test_pairs_of_unequal_resolution_named_by_hand_print_both_and_fit_attention_and_similarity(pairs):
+    edited = copy.deepcopy(pairs)
+    edited["student"][:], edited["teacher"][:] = ["conv1", "layer1"], ["0.4", "0.5"]
+    assert [line.split(maxsplit=9)[3:] for line in str(edited).splitlines()[1:]] == [
+        ["112x112", "<->", "56x56", "64", "<->", "64", "Attention, Similarity"],
+        ["56x56", "<->", "28x28", "64", "<->", "128", "Attention, Similarity"],
+    ]
+
+
 def test_copies_and_pickles_of_pairs_are_equal_and_print_the_same(pairs):
     for other in (copy.copy(pairs), copy.deepcopy(pairs), pickle.loads(pickle.dumps(pairs))):
         assert other == pairs
@@ -375,3 +384,9 @@ def test_get_module_by_name_looks_into_anything_that_holds_a_model():
 @pytest.mark.parametrize("name", ["2", "1.2", "0.weight", "0.in_channels", "empty", "forward", "1.0.x.y", "", "."])
 def test_get_module_by_name_gives_none_for_what_is_no_layer(name):
     assert get_module_by_name(nested(), name) is None
+
+
+def test_pairs_edited_on_one_side_still_show(pairs):
+    edited = copy.deepcopy(pairs)
+    edited["student"].pop()
+    assert repr(edited) == repr(dict(edited))

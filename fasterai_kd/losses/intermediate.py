@@ -28,7 +28,7 @@ def Attention(
 
     Channels may differ. Of maps with unequal H×W the larger is average-pooled to the smaller.
 
-    Raises ValueError for missing layers, unequal batches, or features that are not (B, C, H, W).
+    Raises ValueError for missing layers, unequal batches, 1×1 maps, or features that are not (B, C, H, W).
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, eq. 2.
     """
     return _sum(_attention(p, *pair) for pair in _pairs("Attention", fm_s, fm_t))
@@ -85,8 +85,10 @@ def _attention(p: float, names: str, s: Tensor, t: Tensor) -> Tensor:
             "name layers with maps, or use Similarity"
         )
     a_s, a_t = _attention_map(s, p), _attention_map(t, p)
+    size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
+    if size == (1, 1):
+        raise ValueError(f"Attention compares where maps are large, but of {names} one has 1x1 pixels: name others")
     if a_s.shape != a_t.shape:
-        size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
         a_s, a_t = F.adaptive_avg_pool2d(a_s, size), F.adaptive_avg_pool2d(a_t, size)
     return F.mse_loss(F.normalize(a_s.flatten(1)), F.normalize(a_t.flatten(1)))
 
@@ -116,9 +118,10 @@ def _sum(losses: Iterator[Tensor]) -> Tensor:
 
 def _pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str, Tensor, Tensor]]:
     "(names for errors, student features, teacher features) of each pair, plain and float, the teacher's detached."
-    if not fm_s or len(fm_s) != len(fm_t):
+    n_s, n_t = len(fm_s or ()), len(fm_t or ())
+    if n_s == 0 or n_s != n_t:
         raise ValueError(
-            f"{loss} compares layers in pairs, got {len(fm_s)} of the student and {len(fm_t)} of the teacher: "
+            f"{loss} compares layers in pairs, got {n_s} of the student and {n_t} of the teacher: "
             "give activations_student and activations_teacher, e.g. from match_feature_layers"
         )
     for (name_s, s), (name_t, t) in zip(fm_s.items(), fm_t.items(), strict=True):

@@ -71,6 +71,8 @@ class LayerPairs(dict[str, list[str]]):
         self._shapes_s, self._shapes_t = shapes_s, shapes_t
 
     def __repr__(self) -> str:
+        if len(self["student"]) != len(self["teacher"]):  # being edited
+            return super().__repr__()
         rows = [f"{'Student':<16} {'Teacher':<16} {'resolution':<12} {'channels':<12} losses that fit"]
         rows += [self._row(s, t) for s, t in zip(self["student"], self["teacher"], strict=True)]
         return "\n".join(rows)

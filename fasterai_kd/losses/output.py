@@ -131,13 +131,15 @@ def _logits(loss: str, pred: Tensor, teacher_pred: Tensor, T: float = 1) -> tupl
             f"{loss} needs logits (B, C) of two or more classes, got {shape_of(s)}: "
             "for regression or a single logit use Logits"
         )
-    if not T > 0:
-        raise ValueError(f"{loss} needs a temperature T > 0, got {T}")
+    if not 0 < T < math.inf:
+        raise ValueError(f"{loss} needs a finite temperature T > 0, got {T}")
     return s, t
 
 
 def _class_indices(target: Tensor, s: Tensor) -> Tensor:
     "The target as an index for dim 1 of `s`."
+    if not isinstance(target, Tensor):
+        raise TypeError(f"DecoupledKD needs one tensor of labels, got a {type(target).__name__}")
     y = plain(target)
     if y.is_floating_point() or y.shape != s.shape[:1] + s.shape[2:]:
         raise ValueError(
