@@ -1,0 +1,428 @@
+"Distillation composes with the rest of fastai: each test marked `works` is a row of nbs/what_works.md."
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CLASSES, PAIRS, SIZE, Net, hooks, image, label, same, state
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import Callback
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import CSVLogger, ShowGraphCallback
+from fastai.callback.schedule import ParamScheduler, SchedLin
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback, TerminateOnNaNCallback
+from fastai.callback.training import BnFreeze, GradientAccumulation, GradientClip, ShortEpochCallback
+from fastai.data.core import Datasets
+from fastai.interpret import Interpretation
+from fastai.learner import Learner
+from fastai.losses import (
+    BCEWithLogitsLossFlat,
+    CrossEntropyLossFlat,
+    FocalLossFlat,
+    LabelSmoothingCrossEntropy,
+    LabelSmoothingCrossEntropyFlat,
+    MSELossFlat,
+)
+from fastai.metrics import accuracy_multi, mse
+from fastai.torch_core import set_seed
+from torch import nn
+
+from fasterai_kd import *
+
+works = pytest.mark.works
+
+
+def attention(teacher, **kwargs):
+    return KnowledgeDistillationCallback(teacher, Attention, *PAIRS, **kwargs)
+
+
+def finite(kd):
+    "Did every step distil?"
+    losses = kd.history["kd_loss"]
+    return len(losses) > 0 and all(0 < x < 1e6 for x in losses)
+
+
+# --- training features ---
+
+CALLBACKS = {
+    "GradientClip": lambda: GradientClip(0.1),
+    "GradientAccumulation": lambda: GradientAccumulation(8),
+    "MixUp": MixUp,
+    "CutMix": CutMix,
+    "BnFreeze": BnFreeze,
+    "ShortEpochCallback": lambda: ShortEpochCallback(0.5),
+    "EarlyStoppingCallback": lambda: EarlyStoppingCallback(patience=1),
+    "SaveModelCallback": SaveModelCallback,
+    "ReduceLROnPlateau": lambda: ReduceLROnPlateau(patience=0),
+    "TerminateOnNaNCallback": TerminateOnNaNCallback,
+    "CSVLogger": CSVLogger,
+    "ParamScheduler": lambda: ParamScheduler({"lr": SchedLin(0.01, 0.001)}),
+    "ChannelsLast": ChannelsLast,
+}
+CB_ROWS = [pytest.param(cb, id=name, marks=works("training features", name)) for name, cb in CALLBACKS.items()]
+
+
+@pytest.mark.parametrize("loss", [DecoupledKD, Attention], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("cb", CB_ROWS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # SaveModelCallback loads weights
+def test_fastais_callbacks_work_beside_it(make_learner, teacher, cb, loss):
+    kd = attention(teacher) if loss is Attention else KnowledgeDistillationCallback(teacher, loss)
+    learn = make_learner()
+    learn.fit(2, 0.01, cbs=[kd, cb()])
+    assert finite(kd)
+    assert hooks(learn.model) == hooks(teacher) == 0
+
+
+@works("training features", "GradientClip clips the blended gradient")
+def test_gradient_clip_clips_the_blended_gradient(make_learner, teacher):
+    norms = []
+    watch = Callback(before_step=lambda self: norms.append(_grad_norm(self.model)))
+    watch.order = GradientClip.order + 1
+    make_learner().fit(1, 0.01, cbs=[attention(teacher, weight=1e4, task_weight=1), GradientClip(0.1), watch])
+    assert norms == pytest.approx([0.1] * 4, rel=1e-3)
+
+
+def _grad_norm(model):
+    return torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+
+
+LOSS_FUNCS = {
+    "LabelSmoothingCrossEntropy": LabelSmoothingCrossEntropy,
+    "LabelSmoothingCrossEntropyFlat": LabelSmoothingCrossEntropyFlat,
+    "FocalLossFlat": FocalLossFlat,
+}
+
+
+@pytest.mark.parametrize(
+    "loss_func", [pytest.param(f, id=n, marks=works("training features", n)) for n, f in LOSS_FUNCS.items()]
+)
+def test_other_task_losses_are_blended_as_they_are(make_learner, teacher, loss_func):
+    seen, task = [], loss_func()
+
+    def check(self):
+        expected = torch.lerp(task(self.pred, self.y), SoftTarget(self.pred, teacher(self.x)), 0.5)
+        torch.testing.assert_close(self.learn.loss, expected)
+        seen.append(1)
+
+    watch = Callback(after_loss=check)
+    watch.order = 1
+    make_learner(loss_func=loss_func()).fit(1, 0.01, cbs=[KnowledgeDistillationCallback(teacher, SoftTarget), watch])
+    assert len(seen) == 6
+
+
+@works("training features", "early stopping, best model and plateaus by kd_loss or valid_loss")
+@pytest.mark.parametrize("monitor", ["kd_loss", "task_loss", "valid_loss"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_trackers_may_monitor_the_parts_of_the_loss(make_learner, teacher, monitor):
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    learn = make_learner(metrics=kd.metrics)
+    saver = SaveModelCallback(monitor=monitor)
+    learn.fit(2, 0.01, cbs=[kd, saver, EarlyStoppingCallback(monitor=monitor)])
+    assert saver.best in [row[list(learn.recorder.metric_names).index(monitor) - 1] for row in learn.recorder.values]
+
+
+@works("training features", "freeze, unfreeze, discriminative learning rates")
+def test_frozen_layers_stay_and_learning_rates_may_differ_by_layer(make_learner, teacher):
+    learn = make_learner(
+        splitter=lambda m: [list(m.conv1.parameters()), [*m.layer2.parameters(), *m.head.parameters()]]
+    )
+    before = state(learn.model)
+    learn.freeze()
+    learn.fit(1, 0.1, cbs=attention(teacher, weight=1))
+    after = state(learn.model)
+    assert torch.equal(after["conv1.weight"], before["conv1.weight"])
+    assert not torch.equal(after["layer2.0.weight"], before["layer2.0.weight"])
+    learn.unfreeze()
+    learn.fit_one_cycle(1, slice(1e-3, 1e-1), cbs=attention(teacher))
+    assert not torch.equal(state(learn.model)["conv1.weight"], before["conv1.weight"])
+
+
+@works("training features", "resuming with start_epoch")
+def test_start_epoch_resumes_the_schedule_too(make_learner, teacher):
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, schedule=lambda pct: pct)
+    make_learner().fit(3, 0.01, cbs=kd, start_epoch=2)
+    assert kd.history["weight"] == pytest.approx([0.5 * (8 + i) / 12 for i in range(4)])
+
+
+@works("training features", "autocast in bfloat16 and float16 on CPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss", [SoftTarget, Similarity], ids=lambda f: f.__name__)
+def test_autocast_around_student_and_teacher(make_learner, teacher, dtype, loss):
+    kd = KnowledgeDistillationCallback(teacher, loss, *(PAIRS if loss is Similarity else ()))
+    learn = make_learner()
+    with torch.autocast("cpu", dtype=dtype):
+        learn.fit(1, 0.01, cbs=kd)
+    assert finite(kd)
+
+
+@works("training features", "to_fp16, to_bf16 (CUDA)")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("how", ["to_fp16", "to_bf16"])
+@pytest.mark.parametrize("loss", [SoftTarget, Similarity], ids=lambda f: f.__name__)
+def test_mixed_precision_on_a_gpu(make_learner, teacher, how, loss):
+    kd = KnowledgeDistillationCallback(teacher, loss, *(PAIRS if loss is Similarity else ()))
+    learn = make_learner()
+    learn.dls.to(torch.device("cuda"))
+    getattr(learn, how)().fit(1, 0.01, cbs=kd)
+    assert finite(kd)
+
+
+class WeightEMA(Callback):
+    "An exponential moving average of the student's weights."
+
+    def before_fit(self):
+        self.ema = torch.optim.swa_utils.AveragedModel(self.model, avg_fn=lambda old, new, n: old.lerp(new, 0.1))
+
+    def after_step(self):
+        self.ema.update_parameters(self.model)
+
+
+@works("training features", "EMA of the student's weights")
+def test_an_ema_of_the_student_carries_no_hooks(make_learner, teacher):
+    ema = WeightEMA()
+    make_learner().fit(1, 0.01, cbs=[attention(teacher), ema])
+    assert hooks(ema.ema) == 0
+
+
+@works("training features", "ShowGraphCallback")
+def test_show_graph_draws_the_blended_losses(make_learner, teacher, dls):
+    kd = attention(teacher)
+    learn = Learner(dls, Net(), loss_func=CrossEntropyLossFlat())
+    learn.fit(1, 0.01, cbs=[kd, ShowGraphCallback()])
+    assert finite(kd)
+
+
+@works("training features", "several distillation callbacks at once")
+def test_two_teachers_with_two_callbacks(make_learner, teacher):
+    a, b = KnowledgeDistillationCallback(teacher, SoftTarget), attention(Net().eval(), weight=0.2)
+    learn = make_learner()
+    learn.fit(1, 0.01, cbs=[a, b])
+    assert finite(a)
+    assert finite(b)
+    assert hooks(learn.model) == 0
+
+
+# --- other calls ---
+
+
+@works("other calls", "validate, get_preds, predict, tta, show_results, summary, Interpretation, save and load")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_other_calls_of_a_learner_that_holds_the_callback(make_learner, teacher, dls):
+    kd = attention(teacher)
+    learn = make_learner(cbs=kd)
+    learn.fit(1, 0.01)
+    valid = learn.validate()
+    learn.save("s")
+    calls = []
+    handle = teacher.register_forward_hook(lambda *_: calls.append(1))
+    preds, targets = learn.get_preds()
+    learn.predict(0)
+    learn.tta(n=1)
+    learn.summary()
+    interp = Interpretation.from_learner(learn)
+    assert len(interp.top_losses(3)[0]) == 3
+    assert calls == []
+    handle.remove()
+    learn.fit(1, 0.1)
+    learn.load("s")
+    assert list(learn.validate()) == pytest.approx(list(valid))
+    assert torch.equal(learn.get_preds()[0], preds)
+    assert len(targets) == 8
+    assert hooks(learn.model) == 0
+
+
+@works("other calls", "Interpretation: top losses are those of the task")
+def test_interpretation_shows_the_task_loss_of_each_sample(make_learner, teacher, dls):
+    learn = make_learner(cbs=attention(teacher))
+    losses, _ = Interpretation.from_learner(learn).top_losses()
+    preds = torch.cat([learn.model.eval()(x) for x, _ in dls.valid])
+    expected = F.cross_entropy(preds, torch.arange(16, 24) % CLASSES, reduction="none")
+    torch.testing.assert_close(losses, expected.sort(descending=True)[0].detach())
+
+
+@works("other calls", "torch.save and load of the weights, deepcopy of the student")
+def test_the_trained_student_is_a_plain_model(make_learner, teacher):
+    learn = make_learner()
+    learn.fit(1, 0.01, cbs=attention(teacher))
+    other = Net()
+    other.load_state_dict(learn.model.state_dict())
+    assert same(state(other), state(copy.deepcopy(learn.model)))
+
+
+# --- tasks ---
+
+
+def learner_of(dsets, model, loss_func, metrics=None, **kwargs):
+    dls = dsets.dataloaders(bs=4, num_workers=0, device=torch.device("cpu"), **kwargs)
+    learn = Learner(dls, model, loss_func=loss_func, metrics=metrics)
+    learn.logger = lambda *_: None
+    return learn.remove_cb(learn.progress) if hasattr(learn, "progress") else learn
+
+
+def datasets(target):
+    return Datasets(list(range(24)), [[image], [target]], splits=[range(16), range(16, 24)])
+
+
+@works("tasks", "multi-label classification")
+@pytest.mark.parametrize("loss", [Logits, Attention], ids=lambda f: f.__name__)
+def test_multi_label(teacher, loss):
+    kd = KnowledgeDistillationCallback(teacher, loss, *(PAIRS if loss is Attention else ()))
+    targets = datasets(lambda i: F.one_hot(torch.tensor([i % 4, i // 6]), CLASSES).amax(0).float())
+    learner_of(targets, Net(), BCEWithLogitsLossFlat(), accuracy_multi).fit(1, 0.01, cbs=[kd, MixUp()])
+    assert finite(kd)
+
+
+@works("tasks", "regression")
+@pytest.mark.parametrize("shape", [(1,), (3,)])
+def test_regression_with_logits(shape):
+    kd = KnowledgeDistillationCallback(Net(8, classes=shape[0]), Logits)
+    learner_of(datasets(lambda i: torch.full(shape, i / 24)), Net(classes=shape[0]), MSELossFlat(), mse).fit(1, cbs=kd)
+    assert finite(kd)
+
+
+@works("tasks", "regression")
+def test_regression_with_a_softmax_loss_is_refused():
+    kd = KnowledgeDistillationCallback(Net(classes=1), SoftTarget)
+    with pytest.raises(ValueError, match="for regression or a single logit use Logits"):
+        learner_of(datasets(lambda i: torch.ones(1)), Net(classes=1), MSELossFlat()).fit(1, cbs=kd)
+
+
+@works("tasks", "segmentation: unet_learner, dense logits and features")
+@pytest.mark.parametrize("loss", [SoftTarget, DecoupledKD, Attention], ids=lambda f: f.__name__)
+def test_segmentation(loss):
+    from fastai.vision.learner import create_unet_model
+    from torchvision.models import resnet18
+
+    def unet():
+        return create_unet_model(resnet18, CLASSES, (32, 32), pretrained=False)
+
+    student, teacher, x = unet(), unet(), torch.randn(4, 3, 32, 32)
+    layers = ()
+    if loss is Attention:
+        pairs = match_feature_layers(student, teacher, x)
+        layers = pairs["student"], pairs["teacher"]
+    kd = KnowledgeDistillationCallback(teacher, loss, *layers)
+    images, masks = torch.randn(8, 3, 32, 32), torch.randint(CLASSES, (8, 32, 32))
+    tfms = [[lambda i: images[i].clone()], [lambda i: masks[i].clone()]]
+    dsets = Datasets(list(range(8)), tfms, splits=[range(4), range(4, 8)])
+    learner_of(dsets, student, CrossEntropyLossFlat(axis=1)).fit(1, 0.001, cbs=kd)
+    assert finite(kd)
+    assert hooks(student) == hooks(teacher)
+
+
+@works("tasks", "tabular: TabularDataLoaders, xb = (cats, conts)")
+@pytest.mark.parametrize("loss", [SoftTarget, Similarity], ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # of fastai's data
+def test_tabular(loss):
+    import pandas as pd
+    from fastai.tabular.core import Categorify, FillMissing, Normalize
+    from fastai.tabular.data import TabularDataLoaders
+    from fastai.tabular.learner import tabular_learner
+
+    procs = [Categorify, FillMissing, Normalize]
+    df = pd.DataFrame({"a": list("xyz") * 8, "b": torch.randn(24).numpy(), "y": list("pq") * 12})
+    dls = TabularDataLoaders.from_df(
+        df, y_names="y", cat_names=["a"], cont_names=["b"], bs=4, device="cpu", procs=procs
+    )
+    teacher, student = tabular_learner(dls, [16, 8]), tabular_learner(dls, [8])
+    kd = KnowledgeDistillationCallback(teacher, loss, *(("layers.0", "layers.0") if loss is Similarity else ()))
+    with student.no_bar(), student.no_logging():
+        student.fit(1, 0.01, cbs=kd)
+    assert finite(kd)
+
+
+@works("tasks", "text classifier: tuple outputs, features of any rank with Similarity")
+@pytest.mark.parametrize("loss", [SoftTarget, Similarity], ids=lambda f: f.__name__)
+def test_text(loss):
+    import fastai.text.all as text
+    from fastai.text.learner import text_classifier_learner
+    from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
+
+    dls = text.TextDataLoaders.from_df(
+        text.pd.DataFrame({"text": ["good film", "bad film", "a good one", "a bad one"] * 4, "label": list("pn") * 8}),
+        text_col="text", label_col="label", bs=4, seq_len=4, num_workers=0, device="cpu",
+    )  # fmt: skip
+
+    def learner(n_hid):
+        config = {**awd_lstm_clas_config, "emb_sz": 8, "n_hid": n_hid, "n_layers": 2}
+        return text_classifier_learner(dls, AWD_LSTM, config=config, pretrained=False)
+
+    student, teacher = learner(8), learner(16)
+    kd = KnowledgeDistillationCallback(teacher, loss, *(("1.layers.0", "1.layers.0") if loss is Similarity else ()))
+    with student.no_bar(), student.no_logging():
+        student.fit(1, 0.01, cbs=kd)
+    assert finite(kd)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.body, self.extra = Net(width), nn.Linear(2, CLASSES)
+
+    def forward(self, x, extra):
+        return self.body(x) + self.extra(extra)
+
+
+@works("tasks", "several inputs")
+@pytest.mark.parametrize("loss", [SoftTarget, Attention], ids=lambda f: f.__name__)
+def test_several_inputs(loss):
+    teacher, student = TwoInputs(8), TwoInputs(4)
+    pairs = match_feature_layers(student, teacher, (torch.randn(2, 3, SIZE, SIZE), torch.randn(2, 2)))
+    assert pairs["student"] == ["body.conv1", "body.layer1", "body.layer2"]
+    kd = KnowledgeDistillationCallback(teacher, loss, *(pairs.values() if loss is Attention else ()))
+    tfms = [[image], [lambda i: torch.tensor([i / 24, 1.0])], [label]]
+    dsets = Datasets(list(range(24)), tfms, splits=[range(16), range(16, 24)], n_inp=2)
+    learner_of(dsets, student, CrossEntropyLossFlat()).fit(1, 0.01, cbs=kd)
+    assert finite(kd)
+
+
+class Outputs(nn.Module):
+    "A network with several outputs."
+
+    def __init__(self, form, width=4):
+        super().__init__()
+        self.net, self.form = Net(width), form
+
+    def forward(self, x):
+        return self.form(self.net(x))
+
+
+@works("tasks", "teachers with tuple or dict outputs")
+@pytest.mark.parametrize(
+    "form", [lambda y: (y, y + 1), lambda y: {"logits": y, "h": y}, lambda y: {"out": y, "aux": y}]
+)
+def test_the_predictions_of_a_teacher_with_several_outputs_are_its_logits(make_learner, teacher, form):
+    outputs, plain = Outputs(form), make_learner(Net())
+    outputs.net = teacher
+    states = []
+    for t in (teacher, outputs):
+        set_seed(0)
+        learn = make_learner(copy.deepcopy(plain.model))
+        learn.fit(1, 0.01, cbs=KnowledgeDistillationCallback(t, SoftTarget))
+        states.append(state(learn.model))
+    assert same(*states)
+
+
+@works("tasks", "students with tuple or dict outputs, with a loss of one's own")
+def test_a_student_with_several_outputs_and_a_loss_that_takes_them(make_learner):
+    def kd_loss(pred, teacher_pred, **kwargs):
+        return SoftTarget(pred[0], teacher_pred[0]) + SoftTarget(pred[1], teacher_pred[1])
+
+    student, teacher = (Outputs(lambda y: (y, 2 * y)) for _ in range(2))
+    kd = KnowledgeDistillationCallback(teacher, kd_loss)
+    loss_func = lambda pred, y: F.cross_entropy(pred[0], y) + F.cross_entropy(pred[1], y)  # noqa: E731
+    make_learner(student, loss_func=loss_func, metrics=[]).fit(1, 0.01, cbs=kd)
+    assert finite(kd)
+    with pytest.raises(TypeError, match="SoftTarget compares tensors, but the student's output is a tuple"):
+        make_learner(student, loss_func=loss_func, metrics=[]).fit(
+            1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget)
+        )
+
+
+@works("tasks", "CNN to MLP with Similarity")
+def test_a_cnn_teaches_an_mlp(make_learner, teacher):
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE**2, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+    kd = KnowledgeDistillationCallback(teacher, Similarity, ["1", "2"], ["layer1", "layer2"])
+    make_learner(mlp).fit(1, 0.01, cbs=kd)
+    assert finite(kd)
