@@ -1,11 +1,11 @@
-"Run a model in evaluation mode and leave no trace."
+"How a model runs: in evaluation mode, compiled."
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["evaluating"]
+__all__ = ["evaluating", "is_compiled"]
 
 
 @contextmanager
@@ -21,3 +21,8 @@ def evaluating(model: nn.Module, modules: list[nn.Module] | None = None) -> Iter
     finally:
         for m in training:
             m.training = True
+
+
+def is_compiled(model: nn.Module) -> bool:
+    "By torch.compile, as a whole or in parts?"
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())

@@ -6,10 +6,12 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ._tensors import only_tensor, plain
+from ._modes import is_compiled
+from ._tensors import only_tensor, plain, unwrap
 
 __all__ = ["FeatureCapture"]
 
@@ -20,7 +22,7 @@ class FeatureCapture:
     A layer that runs several times in a forward pass counts with its last output. A later operation may overwrite an
     output in place (`bn → relu(inplace=True)`); the feature is what the layer returned, so such an output is cloned.
     Which ones need it shows in a layer's first forward, where all are cloned: the version counter of a tensor moves
-    when it is overwritten.
+    when it is overwritten. Compiled code skips hooks: a model that is compiled runs uncompiled meanwhile.
     """
 
     def __init__(
@@ -33,15 +35,19 @@ class FeatureCapture:
         self._features: dict[str, Tensor] = {}
         self._outputs: dict[str, tuple[nn.Module, bool, Tensor, int]] = {}  # layer, its mode, output, its version
         self._overwritten: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()  # by mode, if known
+        self._compiled: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+        self._stance: Any = None
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        "The named layers; ValueError for a name that `model` does not have."
-        return {name: self._find(model, name) for name in self.names}
+        "The named layers of `model`, or of what it wraps; ValueError for a name that it does not have."
+        return {name: self._find(unwrap(model), name) for name in self.names}
 
     def start(self, model: nn.Module) -> "FeatureCapture":
         "Hook the layers of `model`; as a context manager, until its end."
         self.stop()
         layers = self.layers(model).items()
+        if layers and self._is_compiled(model):
+            self._stance = torch.compiler.set_stance("force_eager")
         self._handles = [layer.register_forward_hook(partial(self._keep, name)) for name, layer in layers]
         return self
 
@@ -50,6 +56,9 @@ class FeatureCapture:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
         self._features.clear()
         self._outputs.clear()
 
@@ -89,6 +98,13 @@ class FeatureCapture:
                 "but not in the first one, so its features are lost: name another layer"
             )
         self._overwritten.setdefault(layer, {})[mode] = overwritten
+
+    def _is_compiled(self, model: nn.Module) -> bool:
+        if model not in self._compiled:
+            self._compiled[model] = is_compiled(model)
+            if self._compiled[model] and not hasattr(torch.compiler, "set_stance"):
+                raise RuntimeError(f"layers of a compiled {self.whose} need torch 2.6 or newer: give the plain model")
+        return self._compiled[model]
 
     def _find(self, model: nn.Module, name: str) -> nn.Module:
         if self.whose == "student" and not hasattr(model, "model"):

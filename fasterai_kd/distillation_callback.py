@@ -1,7 +1,6 @@
 "The callback that adds a distillation loss to a fastai training loop."
 
 import copy
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,6 @@ from fastai.callback.mixup import MixHandler
 from fastai.learner import AvgMetric
 from fastcore.basics import detuplify, listify
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ._arguments import check_layers, check_schedule, check_weights, loss_parameters
 from ._tensors import plain, unwrap
@@ -20,6 +18,7 @@ from .capture import FeatureCapture
 from .losses.matching import get_model_layers, get_module_by_name, match_feature_layers
 from .parts import LossParts
 from .teacher import Teacher, as_model, logits
+from .watch import StudentWatch
 
 __all__ = ["KnowledgeDistillationCallback", "get_model_layers", "get_module_by_name", "match_feature_layers"]
 
@@ -40,9 +39,8 @@ class KnowledgeDistillationCallback(Callback):
     shapes at the first batch.
     """
 
-    _stateattrs = ("_ask_teacher", "_capture_s", "_capture_t", "_hook")  # `learn.export()` saves the student alone
+    _stateattrs = ("_ask_teacher", "_watch", "_capture_t")  # `learn.export()` saves the student alone
     _ask_teacher: Teacher | None = None
-    _hook: RemovableHandle | None = None
     order = 0  # after the task loss; before GradientAccumulation divides it and MixedPrecision leaves autocast
 
     def __init__(
@@ -66,19 +64,20 @@ class KnowledgeDistillationCallback(Callback):
         check_layers(self.activations_student, self.activations_teacher, self._loss_params, self.teacher)
         self._parts = LossParts()
         self._init_state()
-        self._capture_t.layers(unwrap(self.teacher))  # do they exist?
+        self._capture_t.layers(self.teacher)  # do they exist?
 
     # One batch, in the order in which things happen
 
     def before_fit(self) -> None:
         "Check what can be checked before the first batch."
+        self._watch.stop()
         self._init_state()
         if self.teacher is None:
             return
         self._ask_teacher = Teacher(self.teacher)  # with the modules that it has by now
-        if self._student is unwrap(self.teacher):
+        if unwrap(self.learn.model) is unwrap(self.teacher):
             raise ValueError("teacher and student are the same model: train a new one, e.g. a smaller one")
-        self._capture_s.layers(self._student)
+        self._watch.capture.layers(self.learn.model)
         if isinstance(self.loss, nn.Module):
             self.loss.to(self.dls.device)
 
@@ -96,12 +95,11 @@ class KnowledgeDistillationCallback(Callback):
 
     def before_batch(self) -> None:
         "Set the weight and hook the student: only now it is wrapped as it will run (DDP, ...)."
-        self._stop()
         if self.training or self.train_iter:  # `validate` outside a fit keeps the last weight
             self.current_weight = self._weight_now()
-        if self._distils():
-            self._hook = self.learn.model.register_forward_pre_hook(self._before_forward)
-            self._capture_s.start(self._student)
+        self._distils = self._needs_teacher()
+        if self._distils:
+            self._watch.start(self.learn)
 
     def after_loss(self) -> None:
         "Blend the distillation loss into the task loss."
@@ -109,15 +107,15 @@ class KnowledgeDistillationCallback(Callback):
             return
         kd, w = None, self.current_weight
         part, task = self.learn.loss.detach(), self.learn.loss_grad
-        if self._hook is not None and self._ask_teacher is not None:
+        if self._distils and self._ask_teacher is not None:
             kd = self._kd_loss(self._ask_teacher).to(task.dtype)
             total = torch.lerp(task, kd, w) if self.task_weight is None else self.task_weight * task + w * kd
             self.learn.loss_grad, self.learn.loss, kd = total, total.clone(), kd.detach()
         self._parts.note(part, kd, w, step=self.training)
 
     def after_batch(self) -> None:
-        "Forget the batch."
-        self._stop()
+        "Forget the batch, also one that was cancelled."
+        self._watch.stop()
 
     def after_train(self) -> None:
         "Move the epoch's losses off the device."
@@ -146,10 +144,6 @@ class KnowledgeDistillationCallback(Callback):
 
     # How
 
-    @property
-    def _student(self) -> nn.Module:
-        return unwrap(self.learn.model)
-
     def _weight_now(self) -> float:
         if self.schedule is None:
             return float(self.weight)
@@ -159,16 +153,16 @@ class KnowledgeDistillationCallback(Callback):
         check_weights(w, self.task_weight, where)
         return w
 
-    def _distils(self) -> bool:
-        "Does this batch need the teacher? The first one does, so that mistakes show early."
+    def _needs_teacher(self) -> bool:
+        "Does this batch? The first one does, so that mistakes show early."
         resting = self.current_weight == 0 and self.task_weight is None and self._tried
         wanted = self.training or self.distill_valid
         predicting = hasattr(self.learn, "gather_preds")
         return len(self.yb) > 0 and wanted and not resting and not predicting and self._ask_teacher is not None
 
     def _kd_loss(self, teacher: Teacher) -> Tensor:
-        fm_s = self._capture_s.take()
-        with self._capture_t.start(unwrap(teacher.model)):
+        fm_s = self._watch.take()
+        with self._capture_t.start(teacher.model):
             teacher_pred = teacher(self.xb)
             fm_t = self._capture_t.take()
         pred = self.learn.pred
@@ -179,8 +173,20 @@ class KnowledgeDistillationCallback(Callback):
             kd = self._call_loss(outputs)
         if not isinstance(kd, Tensor) or kd.ndim:
             raise TypeError(f"the distillation loss must return a scalar tensor, got {kd!r}")
+        if not torch.isfinite(kd.detach()):
+            self._check_teacher({"predictions": teacher_pred, **fm_t})
         self._tried = True
         return kd
+
+    def _check_teacher(self, outputs: dict[str, Any]) -> None:
+        "A student that diverges is TerminateOnNaNCallback's business; a teacher that does is none to learn from."
+        for name, x in outputs.items():
+            if isinstance(x, Tensor) and not torch.isfinite(x).all():
+                phase = "training" if self.training else "validation"
+                raise FloatingPointError(
+                    f"the teacher gives nan or inf ({name}) in {phase} batch {self.iter} of epoch {self.epoch}: are "
+                    "its weights sound, its precision sufficient, the inputs those it was trained on?"
+                )
 
     def _call_loss(self, outputs: dict[str, Any]) -> Tensor:
         mix, y = getattr(self.learn.loss_func, "__self__", None), plain(self.y)
@@ -191,35 +197,16 @@ class KnowledgeDistillationCallback(Callback):
         kd, kd1 = (self.loss(**outputs, target=target, **each) for target in (y, plain(detuplify(mix.yb1))))
         return torch.lerp(kd1, kd, mix.lam.to(kd.dtype)).mean()
 
-    def _before_forward(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        "Capture the learner's own forward only; one after an interrupted batch finds the hooks and removes them."
-        own = len(args) == len(self.xb) and all(a is b for a, b in zip(args, self.xb, strict=True))
-        self._capture_s.recording = own
-        if not own and not self._in_batch():
-            self._stop()
-
-    def _in_batch(self) -> bool:
-        frames = (frame for frame, _ in traceback.walk_stack(None))
-        return any(f.f_code.co_name == "one_batch" and f.f_locals.get("self") is self.learn for f in frames)
-
-    def _stop(self) -> None:
-        "Remove the hooks of a batch and what they hold."
-        if self._hook is not None:
-            self._hook.remove()
-            self._capture_s.stop()
-            self._hook = None
-
     def _init_state(self) -> None:
         "What is not saved, and new with each fit."
         super()._init_state()
-        self._stop()
-        self._capture_s = FeatureCapture(self.activations_student, "student")
+        self._watch = StudentWatch(self.activations_student)
         self._capture_t = FeatureCapture(self.activations_teacher, "teacher")
-        self._tried = False  # has a batch gone through?
+        self._distils = self._tried = False  # this batch; any batch so far
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learn" and value is None:  # the end of a fit with `cbs=kd`, whatever ended it
-            self._stop()
+            self._watch.stop()
             self._parts.forget()
         super().__setattr__(name, value)
 

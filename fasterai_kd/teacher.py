@@ -19,12 +19,16 @@ class Teacher:
 
     Afterwards its train flags are as before; parameters, BatchNorm statistics, gradients and `requires_grad` are
     never touched.
+
+    Raises ValueError for a model without weights (on the device 'meta').
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self._modules = list(model.modules())
         self._param = next((p for p in model.parameters() if p.is_floating_point()), None)
+        if any(p.is_meta for p in model.parameters()):
+            raise ValueError("the teacher has no weights, it is on the device 'meta': load it first")
 
     @torch.no_grad()
     def __call__(self, xb: Sequence[Any]) -> Any:
