@@ -174,7 +174,7 @@ class KnowledgeDistillationCallback(Callback):
         if not isinstance(kd, Tensor) or kd.ndim:
             raise TypeError(f"the distillation loss must return a scalar tensor, got {kd!r}")
         if not torch.isfinite(kd.detach()):
-            self._check_teacher({"predictions": teacher_pred, **fm_t})
+            self._check_teacher({**fm_t, "predictions": teacher_pred})
         self._tried = True
         return kd
 

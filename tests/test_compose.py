@@ -1,7 +1,12 @@
 "Distillation composes with the rest of fastai: each test marked `works` is a row of nbs/what_works.md."
 
 import copy
+import gc
+import random
+import resource
+import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -426,3 +431,223 @@ def test_a_cnn_teaches_an_mlp(make_learner, teacher):
     kd = KnowledgeDistillationCallback(teacher, Similarity, ["1", "2"], ["layer1", "layer2"])
     make_learner(mlp).fit(1, 0.01, cbs=kd)
     assert finite(kd)
+
+
+# --- compiled and unusual models ---
+
+
+def compiled(model, how):
+    "By `torch.compile(model)` or in place; Dynamo without code generation, which would take a minute."
+    if how == "in place":
+        model.compile(backend="eager")
+        return model
+    return torch.compile(model, backend="eager")
+
+
+@works("training features", "torch.compile of student and teacher; runs uncompiled where layers are compared")
+@pytest.mark.parametrize("loss", [SoftTarget, Attention], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_compiled_student_and_teacher_train_as_plain_ones(make_learner, teacher, loss, how):
+    states, model = [], nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.append(nn.Linear(4, CLASSES))
+    layers = ("0", "layer1") if loss is Attention else ()
+    for compile_them in (False, True):
+        student, t = copy.deepcopy(model), copy.deepcopy(teacher)
+        if compile_them:
+            student(torch.randn(4, 3, SIZE, SIZE))
+            student, t = compiled(student, how), compiled(t, how)
+            student(torch.randn(4, 3, SIZE, SIZE))  # compiled without hooks, as by an earlier call
+        kd = KnowledgeDistillationCallback(t, loss, *layers)
+        learn = make_learner(student)
+        learn.fit(1, 0.1, cbs=kd)
+        assert finite(kd)
+        states.append([p.detach().clone() for p in student.parameters()])
+    for plain, fast in zip(*states, strict=True):
+        torch.testing.assert_close(fast, plain)
+    assert not hasattr(torch.compiler, "set_stance") or torch._dynamo.eval_frame._stance.stance == "default"
+
+
+ARCHS = ["mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "shufflenet_v2_x0_5", "vit_b_16"]
+
+
+@works("tasks", "torchvision and timm: ViT, ConvNeXt, EfficientNet, MobileNet, RegNet as student or teacher")
+@pytest.mark.parametrize("arch", ARCHS)
+def test_torchvision_models_teach_and_learn(make_learner, arch):
+    from torchvision import models
+
+    kwargs = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16}
+    make = models.VisionTransformer if arch == "vit_b_16" else getattr(models, arch)
+    other = make(num_classes=CLASSES, **(kwargs if arch == "vit_b_16" else {}))
+    resnet = models.resnet18(num_classes=CLASSES)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8) % CLASSES
+    dsets = Datasets(
+        list(range(8)), [[lambda i: images[i].clone()], [lambda i: labels[i]]], splits=[range(4), range(4, 8)]
+    )
+    layers = ("encoder.layers", "layer2") if arch == "vit_b_16" else ("features", "layer2")
+    if arch in ("regnet_y_400mf", "shufflenet_v2_x0_5"):
+        layers = ("trunk_output" if arch.startswith("reg") else "stage4", "layer2")
+    for student, teacher, pair in ((other, resnet, layers), (resnet, other, layers[::-1])):
+        for loss, names in ((SoftTarget, ()), (Similarity, pair)):
+            kd = KnowledgeDistillationCallback(teacher, loss, *names)
+            learner_of(dsets, student, CrossEntropyLossFlat()).fit(1, 1e-3, cbs=kd)
+            assert finite(kd)
+    assert hooks(other) == hooks(resnet) == 0
+
+
+@works("tasks", "torchvision and timm: ViT, ConvNeXt, EfficientNet, MobileNet, RegNet as student or teacher")
+def test_a_timm_vit_teaches_a_cnn(make_learner, dls):
+    timm = pytest.importorskip("timm")
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=SIZE, patch_size=4, depth=2, num_classes=CLASSES, pretrained=False
+    )
+    kd = KnowledgeDistillationCallback(vit, Similarity, ["layer1", "layer2"], ["blocks.0", "blocks.1"])
+    make_learner().fit(1, 0.01, cbs=kd)
+    assert finite(kd)
+
+
+# --- many processes on one device ---
+
+
+@works("many processes", "DataParallel with output losses; with layers on several GPUs one clear error")
+def test_data_parallel(make_learner, teacher):
+    import fastai.distributed  # noqa: F401
+
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    learn = make_learner()
+    with learn.parallel_ctx():
+        learn.fit(1, 0.01, cbs=kd)
+    assert finite(kd)
+    learn.model = nn.DataParallel(learn.model)
+    learn.model.device_ids = [0, 1]
+    with pytest.raises(ValueError, match="DataParallel's replicas"):
+        learn.fit(1, 0.01, cbs=attention(teacher))
+
+
+# --- faults ---
+
+
+@works("faults", "nan or inf in the teacher's outputs: reported with the batch, not trained on")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["predictions", "layer1"])
+def test_a_teacher_that_gives_nan_is_reported_before_the_step(make_learner, teacher, where, value):
+    def spoil(m, i, o):
+        spoil.n += 1
+        if spoil.n == 3:
+            return o * value
+
+    spoil.n = 0
+    (teacher if where == "predictions" else teacher.layer1).register_forward_hook(spoil)
+    layers = ("layer1", "layer1") if where == "layer1" else ()
+    kd = KnowledgeDistillationCallback(teacher, FitNet if layers else SoftTarget, *layers)
+    learn, seen = make_learner(), []
+    steps = Callback(after_step=lambda self: seen.append(1))
+    with pytest.raises(FloatingPointError, match=rf"nan or inf \({where}\) in training batch 2 of epoch 0"):
+        learn.fit(1, 0.01, cbs=[kd, steps])
+    assert len(seen) == 2
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+
+
+@works("faults", "a student that diverges is left to TerminateOnNaNCallback")
+def test_a_diverging_student_is_not_blamed_on_the_teacher(make_learner, teacher):
+    learn = make_learner()
+    learn.model.head.weight.data.fill_(float("nan"))
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    learn.fit(1, 0.01, cbs=[kd, TerminateOnNaNCallback()])
+    assert len(kd.history["kd_loss"]) == 1
+
+
+@works("faults", "teacher on the meta device, teacher is the student: one clear error")
+def test_a_teacher_without_weights_is_refused():
+    with torch.device("meta"):
+        empty = Net()
+    with pytest.raises(ValueError, match="the teacher has no weights, it is on the device 'meta'"):
+        KnowledgeDistillationCallback(empty, SoftTarget)
+
+
+@works("faults", "teacher on another device: it moves")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_teacher_on_the_cpu_moves_to_the_students_device(make_learner, teacher):
+    learn, kd = make_learner(), attention(teacher)
+    learn.dls.to(torch.device("cuda"))
+    learn.fit(1, 0.01, cbs=kd)
+    assert finite(kd)
+
+
+@works("faults", "out of memory in the loss: nothing stays, the next fit is right")
+def test_out_of_memory_in_the_loss(make_learner, teacher):
+    def loss(pred, teacher_pred, fm_s, fm_t, **kwargs):
+        if loss.full:
+            loss.full = False
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Attention(fm_s, fm_t)
+
+    loss.full = True
+    kd = KnowledgeDistillationCallback(teacher, loss, *PAIRS)
+    learn = make_learner(cbs=kd)
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        learn.fit(1, 0.01)
+    assert hooks(learn.model) == hooks(teacher) == 0
+    learn.fit(1, 0.01)
+    assert finite(kd)
+
+
+# --- long runs ---
+
+
+@works("long runs", "2,000 steps: live tensors, hooks and memory are constant")
+def test_two_thousand_steps_leave_nothing_behind(teacher):
+    def count(self):
+        gc.collect()
+        tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+        tensors -= len(self.learn.recorder.losses)  # the Recorder keeps a loss a step
+        seen.append((tensors, hooks(self.model) + hooks(teacher), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+    dsets = Datasets(list(range(24)) * 84, [[image], [label]], splits=[range(2000), range(2000, 2008)])
+    learn, seen = learner_of(dsets, Net(), CrossEntropyLossFlat()), []
+    learn.fit(4, 1e-3, cbs=[attention(teacher), Callback(after_epoch=count)])
+    assert len(learn.recorder.losses) == 2000
+    assert seen[-1][:2] == seen[0][:2]
+    assert seen[-1][1] == 0
+    assert seen[-1][2] - seen[0][2] < 8000  # kB
+
+
+@works("long runs", "20 fits: no old teacher, student or batch is alive")
+def test_after_twenty_fits_no_old_teacher_is_alive(make_learner):
+    teachers, learn = [], make_learner()
+    for _ in range(20):
+        teacher = Net().eval()
+        teachers.append(weakref.ref(teacher))
+        learn.fit(1, 1e-3, cbs=attention(teacher))
+        del teacher
+    gc.collect()
+    assert [t for t in teachers if t() is not None] == []
+
+
+# --- reproducibility ---
+
+
+@works("reproducibility", "the same seed gives the same student, with and without workers")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_seed_gives_the_same_student(teacher, workers):
+    states = []
+    for _ in range(2):
+        set_seed(0, reproducible=True)
+        dls = datasets(label).dataloaders(bs=4, num_workers=workers, device=torch.device("cpu"))
+        learn = Learner(dls, Net(), loss_func=CrossEntropyLossFlat())
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(1, 0.1, cbs=attention(teacher))
+        states.append(state(learn.model))
+    assert same(*states)
+
+
+@works("reproducibility", "the random state after a fit is that of plain training: the teacher draws nothing")
+@pytest.mark.parametrize("loss", [SoftTarget, Attention], ids=lambda f: f.__name__)
+def test_the_teacher_draws_no_random_numbers(make_learner, teacher, loss):
+    model, drawn = Net(), []
+    teacher.train()  # with dropout
+    for cbs in ([], [KnowledgeDistillationCallback(teacher, loss, *(PAIRS if loss is Attention else ()))]):
+        set_seed(0)
+        make_learner(copy.deepcopy(model)).fit(1, 0.01, cbs=cbs)
+        drawn.append((torch.rand(3), random.random(), np.random.rand()))
+    assert torch.equal(drawn[0][0], drawn[1][0])
+    assert drawn[0][1:] == drawn[1][1:]
