@@ -556,7 +556,14 @@ def test_a_diverging_student_is_not_blamed_on_the_teacher(make_learner, teacher)
     assert len(kd.history["kd_loss"]) == 1
 
 
-@works("faults", "teacher on the meta device, teacher is the student: one clear error")
+@works("faults", "teacher is the student: one clear error")
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, torch.compile], ids=["same", "DataParallel", "compile"])
+def test_a_student_cannot_teach_itself(make_learner, student, wrap):
+    with pytest.raises(ValueError, match="teacher and student are the same model"):
+        make_learner(student).fit(1, cbs=KnowledgeDistillationCallback(wrap(student), SoftTarget))
+
+
+@works("faults", "teacher on the meta device: one clear error")
 def test_a_teacher_without_weights_is_refused():
     with torch.device("meta"):
         empty = Net()

@@ -26,6 +26,7 @@ from torch import nn
 from fasterai_kd import *
 from fasterai_kd.schedule import cos, lin, one_shot, sched_lin, sched_oneshot
 
+works = pytest.mark.works
 OUTPUT = [SoftTarget, Logits, Mutual, DecoupledKD]
 FEATURE = [Attention, Similarity, FitNet, ActivationBoundaries]
 
@@ -231,6 +232,7 @@ def test_a_schedule_that_leaves_the_allowed_range_is_an_error_not_a_negative_tas
 # --- every way to train ---
 
 
+@works("training features", "fit, fit_one_cycle, fit_flat_cos, fine_tune")
 @pytest.mark.parametrize("loss", [SoftTarget, Attention], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("how", ["fit", "fit_one_cycle", "fit_flat_cos", "fine_tune"])
 def test_the_callback_is_a_drop_in_for_every_fit(make_learner, teacher, how, loss):
@@ -241,6 +243,7 @@ def test_the_callback_is_a_drop_in_for_every_fit(make_learner, teacher, how, los
     assert hooks(learn.model) == hooks(teacher) == 0
 
 
+@works("other calls", "lr_find")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # fastai loads the weights back
 def test_lr_find_distils_and_leaves_no_trace(make_learner, teacher):
     calls = []
@@ -252,6 +255,7 @@ def test_lr_find_distils_and_leaves_no_trace(make_learner, teacher):
     assert hooks(teacher) == 1
 
 
+@works("other calls", "the same callback for a second fit and another student")
 def test_the_callback_serves_a_second_fit_and_another_student(make_learner, teacher):
     kd = kd_for(teacher, Attention)
     for model in (Net(), Net(width=8)):
@@ -262,6 +266,7 @@ def test_the_callback_serves_a_second_fit_and_another_student(make_learner, teac
     assert kd.learn is None
 
 
+@works("training features", "GradientAccumulation makes the update of the large batch")
 def test_gradient_accumulation_makes_the_update_of_the_large_batch(make_learner, teacher, dls):
     class Still(Callback):
         "Batch statistics and dropout would differ."
@@ -280,6 +285,7 @@ def test_gradient_accumulation_makes_the_update_of_the_large_batch(make_learner,
         torch.testing.assert_close(a, b)
 
 
+@works("training features", "MixUp and CutMix mix a loss on labels as they mix the task loss")
 @pytest.mark.parametrize("mix", [MixUp, CutMix])
 def test_mixup_and_cutmix_mix_a_loss_on_labels_as_they_mix_the_task_loss(make_learner, teacher, mix):
     mix, seen = mix(), []
@@ -338,6 +344,7 @@ def test_to_fp16_on_a_gpu(make_learner, teacher, loss):
     assert all(k == k for k in kd.history["kd_loss"])
 
 
+@works("faults", "a teacher in half precision")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_teacher_in_half_precision_teaches(make_learner, teacher, dtype):
     kd = kd_for(teacher.to(dtype), Attention)
@@ -410,6 +417,7 @@ def test_the_same_seed_gives_the_same_student(make_learner, teacher):
 # --- predictions, files, copies ---
 
 
+@works("other calls", "get_preds, predict, summary without the teacher")
 def test_the_teacher_does_not_run_for_predictions(make_learner, teacher, dls):
     learn = make_learner(cbs=kd_for(teacher, Attention))
     learn.fit(1, 0.01)
@@ -423,6 +431,7 @@ def test_the_teacher_does_not_run_for_predictions(make_learner, teacher, dls):
     learn.summary()
 
 
+@works("other calls", "export and load_learner, without the teacher")
 def test_export_leaves_the_teacher_out_and_the_loaded_callback_says_so_when_fitted(make_learner, teacher, dls):
     kd = kd_for(teacher, SoftTarget)
     learn = make_learner(cbs=kd, metrics=[accuracy, *kd.metrics])
@@ -440,6 +449,7 @@ def test_export_leaves_the_teacher_out_and_the_loaded_callback_says_so_when_fitt
     assert all(k > 0 for k in loaded.knowledge_distillation.history["kd_loss"])
 
 
+@works("other calls", "pickling, deepcopy")
 def test_a_pickled_callback_has_no_teacher_and_a_deep_copy_shares_it(make_learner, teacher):
     kd = kd_for(teacher, Attention, weight=0.7)
     make_learner().fit(1, 0.01, cbs=kd)
@@ -538,6 +548,10 @@ ENDS = [ValueError("x"), KeyboardInterrupt(), CancelFitException(), CancelBatchE
 FAULTS = [(e, w) for e in EVENTS for w in ENDS if (e, type(w)) != ("after_batch", CancelBatchException)]
 
 
+@works(
+    "faults",
+    "exceptions, Ctrl-C and Cancel exceptions at every event: no hook, no activation stays, the next fit is right",
+)
 @pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize(("event", "what"), FAULTS, ids=lambda v: v if isinstance(v, str) else type(v).__name__)
 def test_whatever_ends_a_fit_no_hook_and_no_activation_stays(make_learner, teacher, dls, event, what, attached):
@@ -561,6 +575,7 @@ def test_whatever_ends_a_fit_no_hook_and_no_activation_stays(make_learner, teach
     assert hooks(learn.model) == 1
 
 
+@works("faults", "exceptions and Ctrl-C in student, teacher, distillation or task loss")
 @pytest.mark.parametrize("where", ["student", "teacher", "loss", "task"])
 @pytest.mark.parametrize("what", [ValueError, KeyboardInterrupt])
 def test_an_exception_inside_a_forward_or_a_loss_leaves_nothing(make_learner, teacher, dls, where, what):

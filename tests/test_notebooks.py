@@ -10,7 +10,7 @@ from pets import make_pets_home
 NBS = sorted((Path(__file__).parent.parent / "nbs").glob("*.ipynb"))
 FAST = {
     "01_quickstart": "epochs, seeds = 1, 1",
-    "02_losses_guide": "",
+    "02_losses_guide": "size = 64; epochs = teacher_epochs = 1; n_images = 40; bs = 8; num_workers = 0; pretrained = False",
 }
 
 

@@ -1,0 +1,145 @@
+"""Distil a teacher into a student 100 times smaller, on scikit-learn's handwritten digits: nothing to download.
+
+    python quickstart.py                        # about 90 seconds on two cores
+    python quickstart.py --seeds 1 --epochs 1   # a first look, not a result
+
+The teacher learns from 897 labelled images, the students from 100 of them; 900 other images are the validation set.
+All students have the same images, steps and learning rate, chosen on the validation set as was Attention's weight.
+The losses shown for a distilled student include the distillation loss: compare accuracies.
+"""
+
+import argparse
+import warnings
+
+warnings.filterwarnings("ignore", message="`torch.jit.script`")  # raised by fastai's import under a new torch
+
+from fastai.vision.all import *  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from sklearn.datasets import load_digits  # noqa: E402
+from sklearn.model_selection import train_test_split  # noqa: E402
+
+from fasterai_kd.all import *  # noqa: E402
+
+TEACHER, STUDENT = 64, 6  # channels of the first layer
+ALL, FEW = 897, 100  # labelled images
+
+
+def get_dls(
+    labelled: int,  # number of training images
+    draws: int,  # images shown in an epoch, each about draws / labelled times
+) -> DataLoaders:
+    "Digits, 8x8: `labelled` for training, always the same 900 for validation."
+    x, y = load_digits(return_X_y=True)
+    train, valid = train_test_split(np.arange(len(y)), test_size=900, stratify=y, random_state=0)
+    if labelled < len(train):
+        train, _ = train_test_split(train, train_size=labelled, stratify=y[train], random_state=0)
+    x, y = tensor(x).float().view(-1, 1, 8, 8) / 16, tensor(y)
+    train_set = L(zip(x[train], y[train], strict=True)) * max(1, draws // labelled)
+    return DataLoaders(
+        DataLoader(train_set, bs=32, shuffle=True, drop_last=True, after_batch=shift),
+        DataLoader(L(zip(x[valid], y[valid], strict=True)), bs=900),
+    )
+
+
+def shift(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    "Move each image by up to one pixel: few images are soon known by heart."
+    x, y = batch
+    moved = F.pad(x, (1, 1, 1, 1)).unfold(2, 8, 1).unfold(3, 8, 1)  # (B, 1, 3, 3, 8, 8): all nine shifts
+    row, col = torch.randint(3, (2, len(x)))
+    return moved[torch.arange(len(x)), :, row, col], y
+
+
+def cnn(width: int) -> nn.Module:
+    "Three convolutions, at 8x8, 4x4 and 2x2."
+    return nn.Sequential(
+        ConvLayer(1, width),
+        ConvLayer(width, 2 * width, stride=2),
+        ConvLayer(2 * width, 4 * width, stride=2),
+        nn.AdaptiveAvgPool2d(1),
+        Flatten(),
+        nn.Linear(4 * width, 10),
+    )
+
+
+def get_learner(width: int, labelled: int, draws: int, seed: int) -> Learner:
+    set_seed(seed, reproducible=True)  # before the DataLoaders, which draw the order of the images from it
+    return Learner(get_dls(labelled, draws), cnn(width), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+
+
+def fit(learn: Learner, epochs: int, lr: float, cbs: Callback | None = None, title: str | None = None) -> float:
+    "Train, showing fastai's progress table if there is a title; returns the accuracy in % after the last epoch."
+    learn.logger = print_row if title else noop
+    learn.logger([f"{title}\n{'epoch':>12}", "train_loss", "valid_loss", "accuracy", "time"])
+    with learn.no_bar():
+        learn.fit_one_cycle(epochs, lr, cbs=cbs)
+    return 100 * learn.recorder.values[-1][-1]
+
+
+def print_row(row: list[object]) -> None:
+    "A row of fastai's progress table; its progress bar would fill a log file."
+    print("".join(f"{cell:>12.4f}" if isinstance(cell, float) else f"{cell:>12}" for cell in row))
+
+
+def show_table(results: dict[str, list[float]]) -> None:
+    alone = np.mean(results["student alone"])
+    print(f"{'':<15} {'accuracy in %':>13} {'gain':>6}")
+    for name, accs in results.items():
+        std = f" ± {np.std(accs, ddof=1):.1f}" if len(accs) > 1 else ""
+        gain = "" if name == "student alone" else f"{np.mean(accs) - alone:+.1f}"
+        print(f"{name:<15} {f'{np.mean(accs):.1f}{std}':>13} {gain:>6}".rstrip())
+
+
+def draw(results: dict[str, list[float]], title: str, about_teacher: str, path: str) -> None:
+    "A point for each seed, a bar at the mean, a line at the student alone."
+    fig = Figure(figsize=(7, 3.2), layout="constrained")
+    ax, alone = fig.subplots(), np.mean(results["student alone"])
+    ax.axvline(alone, color="0.4", ls="--", lw=1)
+    for i, accs in enumerate(results.values()):
+        mean, colour = np.mean(accs), "#0072B2" if i else "0.4"
+        ax.plot(accs, [i] * len(accs), "o", color=colour, alpha=0.6, ms=8, mec="none")
+        ax.plot(mean, i, "|", color=colour, ms=26, mew=2.5)
+        text = f"{mean:.1f} %  ({mean - alone:+.1f})" if i else f"{mean:.1f} %"
+        ax.annotate(text, (1.02, i), xycoords=("axes fraction", "data"), va="center")
+    ax.set(title=title, xlabel=f"validation accuracy in %; {about_teacher}")
+    ax.set(yticks=range(len(results)), yticklabels=results, ylim=(len(results) - 0.5, -0.5))
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.savefig(path, dpi=150)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Knowledge distillation on handwritten digits")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each student")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--draws", type=int, default=5000, help="training images in an epoch, with repetitions")
+    parser.add_argument("--picture", default="quickstart.png", help="where to save the picture")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # in models as small as these, threads wait for each other
+
+    teacher = get_learner(TEACHER, ALL, args.draws, seed=0)
+    teacher_acc = fit(teacher, args.epochs, 5e-3, title="teacher")
+
+    pairs = match_feature_layers(cnn(STUDENT), teacher.model, torch.zeros(1, 1, 8, 8))
+    print(f"\nlayers that Attention compares\n{pairs}")
+    students = {
+        "student alone": None,
+        "SoftTarget": KnowledgeDistillationCallback(teacher, SoftTarget),
+        "DecoupledKD": KnowledgeDistillationCallback(teacher, DecoupledKD),
+        "Attention": KnowledgeDistillationCallback(teacher, Attention, pairs["student"], pairs["teacher"], weight=0.75),
+    }
+    results = {name: [] for name in students}
+    for seed in range(args.seeds):
+        for name, kd in students.items():
+            student = get_learner(STUDENT, FEW, args.draws, seed)
+            results[name].append(fit(student, args.epochs, 2e-2, cbs=kd, title=f"\n{name}" if seed == 0 else None))
+
+    big, small = (sum(p.numel() for p in learn.model.parameters()) for learn in (teacher, student))
+    about_teacher = f"teacher: {big:,} parameters, {teacher_acc:.1f} %"
+    about_student = f"student: {small:,} parameters ({big / small:.0f} times fewer), {FEW} labelled images"
+    print(f"\n{about_teacher}\n{about_student}\n")
+    show_table(results)
+    draw(results, about_student, about_teacher, args.picture)
+    print(f"\npicture: {args.picture}")
+
+
+if __name__ == "__main__":
+    main()
