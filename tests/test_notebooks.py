@@ -8,9 +8,13 @@ from nbclient import NotebookClient
 from pets import make_pets_home
 
 NBS = sorted((Path(__file__).parent.parent / "nbs").glob("*.ipynb"))
-FAST = {
+FAST = {  # set after the cell tagged "parameters"
     "01_quickstart": "epochs, seeds = 1, 1",
-    "02_losses_guide": "size = 64; epochs = teacher_epochs = 1; n_images = 40; bs = 8; num_workers = 0; pretrained = False",
+    "02_losses_guide": """
+size, n_images, bs, num_workers = 64, 40, 8, 0
+epochs = teacher_epochs = 1
+pretrained = False
+""",
 }
 
 
