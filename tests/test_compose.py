@@ -6,6 +6,7 @@ import random
 import resource
 import weakref
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -211,7 +212,7 @@ def test_two_teachers_with_two_callbacks(make_learner, teacher):
 # --- other calls ---
 
 
-@works("other calls", "validate, get_preds, predict, tta, show_results, summary, Interpretation, save and load")
+@works("other calls", "validate, get_preds, predict, tta, summary, Interpretation, save and load")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_other_calls_of_a_learner_that_holds_the_callback(make_learner, teacher, dls):
     kd = attention(teacher)
@@ -235,6 +236,23 @@ def test_other_calls_of_a_learner_that_holds_the_callback(make_learner, teacher,
     assert torch.equal(learn.get_preds()[0], preds)
     assert len(targets) == 8
     assert hooks(learn.model) == 0
+
+
+@works("other calls", "show_results, on pictures with labels")
+def test_show_results(tmp_path):
+    from fastai.vision.data import ImageDataLoaders
+    from pets import make_pets
+
+    folder = make_pets(tmp_path, 16, 32)
+    files = sorted(folder.glob("*.jpg"))
+    dls = ImageDataLoaders.from_name_func(folder, files, str.isupper, bs=4, num_workers=0, device=torch.device("cpu"))
+    kd = attention(Net(classes=2))
+    learn = Learner(dls, Net(classes=2), cbs=kd)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.01)
+        learn.show_results(max_n=2)
+    assert finite(kd)
+    assert len(plt.gcf().axes) == 2
 
 
 @works("other calls", "Interpretation: top losses are those of the task")
@@ -521,6 +539,27 @@ def test_data_parallel(make_learner, teacher):
     learn.model.device_ids = [0, 1]
     with pytest.raises(ValueError, match="DataParallel's replicas"):
         learn.fit(1, 0.01, cbs=attention(teacher))
+
+
+@works("many processes", "layers that a wrapper replaces when the fit starts, as SyncBatchNorm's conversion does")
+def test_layers_replaced_in_before_fit_are_captured_from_their_replacements(make_learner, teacher):
+    class Replace(Callback):
+        order = 11  # as fastai's DistributedTrainer
+
+        def before_fit(self):
+            self.old, self.model.bn1 = self.model.bn1, nn.BatchNorm2d(4)
+
+    def loss(fm_s, fm_t, **kwargs):
+        seen.append(fm_s["bn1"].mean().item())
+        return Attention(fm_s, fm_t)
+
+    replace, seen = Replace(), []
+    kd = KnowledgeDistillationCallback(teacher, loss, "bn1", "bn1")
+    learn = make_learner()
+    learn.model.bn1.bias.data.fill_(5.0)
+    learn.fit(1, 0.0, cbs=[kd, replace])
+    assert max(seen) < 1
+    assert hooks(replace.old) == hooks(learn.model) == 0
 
 
 # --- faults ---
