@@ -239,6 +239,7 @@ def test_other_calls_of_a_learner_that_holds_the_callback(make_learner, teacher,
 
 
 @works("other calls", "show_results, on pictures with labels")
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of fastai tensors in matplotlib
 def test_show_results(tmp_path):
     from fastai.vision.data import ImageDataLoaders
     from pets import make_pets
