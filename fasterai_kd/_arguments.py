@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from .teacher import Ensemble
+from .losses.output import Logits
+from .teacher import Ensemble, Teacher
 
-__all__ = ["check_layers", "check_schedule", "check_weights", "loss_parameters"]
+__all__ = ["check_ensemble", "check_layers", "check_schedule", "check_weights", "loss_parameters"]
 
 
 def check_weights(weight: float, task_weight: float | None, where: str = "") -> None:
@@ -48,7 +49,6 @@ def check_layers(
     student: Sequence[str],
     teacher: Sequence[str],
     loss_params: dict[str, bool],
-    teacher_model: nn.Module,
 ) -> None:
     "Pairs of names, present if the loss needs them."
     if not all(isinstance(name, str) for name in (*student, *teacher)):
@@ -63,5 +63,11 @@ def check_layers(
             "this loss compares layers: give activations_student and activations_teacher, "
             "e.g. pairs['student'] and pairs['teacher'] of match_feature_layers(student, teacher, x)"
         )
-    if teacher and isinstance(teacher_model, Ensemble):
+
+
+def check_ensemble(source: Teacher, loss: Callable[..., Any], layers: Sequence[str]) -> None:
+    "What an ensemble cannot give: layers, raw outputs."
+    if isinstance(source, Ensemble) and layers:
         raise ValueError("an ensemble has no common layers to compare: give one teacher, or a loss on outputs")
+    if isinstance(source, Ensemble) and getattr(loss, "func", loss) is Logits:
+        raise ValueError("an ensemble gives log-probabilities, Logits compares raw outputs: give one teacher")

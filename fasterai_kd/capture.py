@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +29,12 @@ class FeatureCapture:
         names: Sequence[str],  # layers in the order of the pairs; one may come twice
         whose: str,  # "student" or "teacher", for errors
     ):
-        self.names, self.whose, self.recording = list(names), whose, True
+        self.names, self.whose, self.recording = list(names), whose, False
         self._handles: list[RemovableHandle] = []
         self._features: dict[str, Tensor] = {}
-        self._outputs: dict[str, tuple[nn.Module, bool, Tensor, int]] = {}  # layer, its mode, output, its version
-        self._overwritten: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()  # by mode, if known
-        self._compiled: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+        self._outputs: dict[tuple[str, bool], tuple[Tensor, int]] = {}  # by layer and its mode, with version
+        self._overwritten: dict[tuple[str, bool], bool] = {}  # likewise, once known
+        self._compiled: bool | None = None  # once known
         self._stance: Any = None
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -45,20 +44,21 @@ class FeatureCapture:
     def start(self, model: nn.Module) -> "FeatureCapture":
         "Hook the layers of `model`; as a context manager, until its end."
         self.stop()
-        layers = self.layers(model).items()
+        layers = self.layers(model)
         if layers and self._is_compiled(model):
             self._stance = torch.compiler.set_stance("force_eager")
-        self._handles = [layer.register_forward_hook(partial(self._keep, name)) for name, layer in layers]
+        self._handles = [m.register_forward_hook(partial(self._keep, name)) for name, m in layers.items()]
+        self.recording = True
         return self
 
     def stop(self) -> None:
         "Remove the hooks and forget the features."
+        self.recording = False
         for handle in self._handles:
             handle.remove()
-        self._handles = []
         if self._stance is not None:
             self._stance.__exit__(None, None, None)
-            self._stance = None
+        self._handles, self._stance = [], None
         self._features.clear()
         self._outputs.clear()
 
@@ -67,8 +67,8 @@ class FeatureCapture:
         for name in self.names:
             if name not in self._features:
                 raise RuntimeError(f"layer {name!r} of the {self.whose} did not run in the forward pass: name another")
-        for name, (layer, mode, output, version) in self._outputs.items():
-            self._note_overwriting(name, layer, mode, output._version != version)
+        for key, (output, version) in self._outputs.items():
+            self._note_overwriting(key, output._version != version)
         features: dict[str, Tensor] = {}
         for i, name in enumerate(self.names):
             n = self.names[:i].count(name) + 1
@@ -82,29 +82,33 @@ class FeatureCapture:
     def __exit__(self, *exc: Any) -> None:
         self.stop()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        "A model copied or saved while it is hooked has hooks that do nothing."
+        return FeatureCapture, (self.names, self.whose)
+
     def _keep(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
         if not self.recording:
             return
-        output = only_tensor(output, f"layer {name!r} of the {self.whose}")
-        overwritten = self._overwritten.get(layer, {}).get(layer.training)
+        output, key = only_tensor(output, f"layer {name!r} of the {self.whose}"), (name, layer.training)
+        overwritten = self._overwritten.get(key)
         if not overwritten:
-            self._outputs[name] = (layer, layer.training, output, output._version)
+            self._outputs[key] = (output, output._version)
         self._features[name] = output if overwritten is False else output.clone()
 
-    def _note_overwriting(self, name: str, layer: nn.Module, mode: bool, overwritten: bool) -> None:
-        if overwritten and self._overwritten.get(layer, {}).get(mode) is False:
+    def _note_overwriting(self, key: tuple[str, bool], overwritten: bool) -> None:
+        if overwritten and self._overwritten.get(key) is False:
             raise RuntimeError(
-                f"the output of layer {name!r} of the {self.whose} was overwritten in place in this batch, "
+                f"the output of layer {key[0]!r} of the {self.whose} was overwritten in place in this batch, "
                 "but not in the first one, so its features are lost: name another layer"
             )
-        self._overwritten.setdefault(layer, {})[mode] = overwritten
+        self._overwritten[key] = overwritten
 
     def _is_compiled(self, model: nn.Module) -> bool:
-        if model not in self._compiled:
-            self._compiled[model] = is_compiled(model)
-            if self._compiled[model] and not hasattr(torch.compiler, "set_stance"):
-                raise RuntimeError(f"layers of a compiled {self.whose} need torch 2.6 or newer: give the plain model")
-        return self._compiled[model]
+        if self._compiled is None:
+            self._compiled = is_compiled(model)
+        if self._compiled and not hasattr(torch.compiler, "set_stance"):
+            raise RuntimeError(f"layers of a compiled {self.whose} need torch 2.6 or newer: give the plain model")
+        return self._compiled
 
     def _find(self, model: nn.Module, name: str) -> nn.Module:
         if self.whose == "student" and not hasattr(model, "model"):
@@ -112,8 +116,7 @@ class FeatureCapture:
         try:
             return model.get_submodule(name)
         except AttributeError:
-            near = get_close_matches(
-                name, [n for n, _ in model.named_modules(remove_duplicate=False)], n=3, cutoff=0.75
-            )
+            names = [n for n, _ in model.named_modules(remove_duplicate=False)]
+            near = get_close_matches(name, names, n=3, cutoff=0.75)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "get_model_layers(model) lists them"
             raise ValueError(f"the {self.whose} has no layer {name!r}: {hint}") from None

@@ -12,12 +12,13 @@ from fastai.learner import AvgMetric
 from fastcore.basics import detuplify, listify
 from torch import Tensor, nn
 
-from ._arguments import check_layers, check_schedule, check_weights, loss_parameters
+from ._arguments import check_ensemble, check_layers, check_schedule, check_weights, loss_parameters
 from ._tensors import plain, unwrap
 from .capture import FeatureCapture
+from .losses import DecoupledKD
 from .losses.matching import get_model_layers, get_module_by_name, match_feature_layers
 from .parts import LossParts
-from .teacher import Teacher, as_model, logits
+from .teacher import Teacher, as_teacher, logits
 from .watch import StudentWatch
 
 __all__ = ["KnowledgeDistillationCallback", "get_model_layers", "get_module_by_name", "match_feature_layers"]
@@ -31,16 +32,18 @@ class KnowledgeDistillationCallback(Callback):
 
     `loss` is any function called as `loss(pred=, teacher_pred=, fm_s=, fm_t=, target=)` that returns a scalar;
     `fm_s` and `fm_t` are the features of the student's and the teacher's layers by name, in the order given.
-    All tensors come in float32, outside autocast. The teacher runs once a batch on the student's inputs, in evaluation
-    mode and without a graph; it does not run where there are no labels, in `get_preds`, or while `schedule` keeps the
-    weight at 0.
+    Tensors come in float32, outside autocast. A loss that uses labels has `target` in its signature: MixUp and CutMix
+    mix it as they mix the task loss. The teacher runs once a batch on the student's inputs, in evaluation mode and
+    without a graph. It does not run where there are no labels, in `get_preds`, or while `schedule` keeps the weight
+    at 0.
 
     Raises TypeError and ValueError for what cannot work: arguments at once, layers of the student when `fit` starts,
     shapes at the first batch.
     """
 
-    _stateattrs = ("_ask_teacher", "_watch", "_capture_t")  # `learn.export()` saves the student alone
+    _stateattrs = ("_ask_teacher", "_distils_with", "_watch", "_capture_t")  # `learn.export()` leaves the teacher out
     _ask_teacher: Teacher | None = None
+    _distils_with: Teacher | None = None  # in this batch
     order = 0  # after the task loss; before GradientAccumulation divides it and MixedPrecision leaves autocast
 
     def __init__(
@@ -57,61 +60,70 @@ class KnowledgeDistillationCallback(Callback):
     ):
         check_weights(weight, task_weight)
         check_schedule(schedule)
-        self.teacher, self.loss, self.weight, self.schedule = teacher, loss, weight, schedule
+        source = self._ask_teacher = as_teacher(teacher)
+        self.loss, self.weight, self.schedule = loss, weight, schedule
         self.task_weight, self.distill_valid, self.current_weight = task_weight, distill_valid, float(weight)
         self.activations_student, self.activations_teacher = listify(activations_student), listify(activations_teacher)
         self._loss_params = loss_parameters(loss)
-        check_layers(self.activations_student, self.activations_teacher, self._loss_params, self.teacher)
+        check_layers(self.activations_student, self.activations_teacher, self._loss_params)
+        check_ensemble(source, loss, self.activations_teacher)
         self._parts = LossParts()
         self._init_state()
-        self._capture_t.layers(self.teacher)  # do they exist?
+        self._capture_t.layers(source.model)  # do they exist?
 
     # One batch, in the order in which things happen
 
     def before_fit(self) -> None:
-        "Check what can be checked before the first batch."
+        "Check what can be checked before the first batch."  # fastai calls it for `validate` and `get_preds` as well
         self._watch.stop()
         self._init_state()
-        if self.teacher is None:
+        if sum(cb is self for cb in self.learn.cbs) > 1:
+            raise ValueError("this callback is in the Learner already: give it to the Learner or to `fit`, not to both")
+        if self._ask_teacher is None:
             return
-        self._ask_teacher = Teacher(self.teacher)  # with the modules that it has by now
-        if unwrap(self.learn.model) is unwrap(self.teacher):
+        self._ask_teacher.refresh()
+        if any(m is unwrap(self.learn.model) for m in self._ask_teacher.model.modules()):
             raise ValueError("teacher and student are the same model: train a new one, e.g. a smaller one")
+        self._loss_params = loss_parameters(self.loss)
         self._watch.capture.layers(self.learn.model)
         if isinstance(self.loss, nn.Module):
             self.loss.to(self.dls.device)
 
     def before_train(self) -> None:
-        "A new fit begins a new history."  # fastai calls `before_fit` for `validate` and `get_preds` as well
+        "A new fit begins a new history."
+        self._reset_teacher()
         if self.train_iter:
             return
         self._parts.reset()
-        if self.teacher is None:
+        if self._ask_teacher is None:
             warnings.warn(
                 "KnowledgeDistillationCallback was loaded from a file, without its teacher, and does nothing: "
                 "set its `teacher`, or remove it with `learn.remove_cb(KnowledgeDistillationCallback)`",
                 stacklevel=2,
             )
 
+    def before_validate(self) -> None:
+        "A recurrent teacher starts where the student does."
+        self._reset_teacher()
+
     def before_batch(self) -> None:
         "Set the weight and hook the student: only now it is wrapped as it will run (DDP, ...)."
         if self.training or self.train_iter:  # `validate` outside a fit keeps the last weight
             self.current_weight = self._weight_now()
-        self._distils = self._needs_teacher()
-        if self._distils:
+        self._distils_with = self._ask_teacher if self._needs_teacher() else None
+        if self._distils_with is not None:
             self._watch.start(self.learn)
 
     def after_loss(self) -> None:
         "Blend the distillation loss into the task loss."
         if not len(self.yb):
             return
-        kd, w = None, self.current_weight
-        part, task = self.learn.loss.detach(), self.learn.loss_grad
-        if self._distils and self._ask_teacher is not None:
-            kd = self._kd_loss(self._ask_teacher).to(task.dtype)
-            total = torch.lerp(task, kd, w) if self.task_weight is None else self.task_weight * task + w * kd
-            self.learn.loss_grad, self.learn.loss, kd = total, total.clone(), kd.detach()
-        self._parts.note(part, kd, w, step=self.training)
+        kd, part = None, self.learn.loss.detach()
+        if self._distils_with is not None:
+            kd = self._kd_loss(self._distils_with).to(part.dtype)
+            self.learn.loss_grad = self._blend(self.learn.loss_grad, kd)
+            self.learn.loss, kd = self.learn.loss_grad.clone(), kd.detach()
+        self._parts.note(part, kd, self.current_weight, step=self.training)
 
     def after_batch(self) -> None:
         "Forget the batch, also one that was cancelled."
@@ -120,6 +132,10 @@ class KnowledgeDistillationCallback(Callback):
     def after_train(self) -> None:
         "Move the epoch's losses off the device."
         _ = self.history
+
+    def after_fit(self) -> None:
+        "Forget a batch that CancelFitException ended."
+        self._watch.stop()
 
     # What the user reads
 
@@ -130,7 +146,7 @@ class KnowledgeDistillationCallback(Callback):
 
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
-        self._ask_teacher = Teacher(as_model(teacher))
+        self._ask_teacher = as_teacher(teacher)
 
     @property
     def history(self) -> dict[str, list[float]]:
@@ -145,20 +161,28 @@ class KnowledgeDistillationCallback(Callback):
     # How
 
     def _weight_now(self) -> float:
-        if self.schedule is None:
-            return float(self.weight)
-        factor = getattr(self.schedule, "progress", self.schedule)(self.pct_train)
-        w = float(self.weight * factor)
-        where = f" at {self.pct_train:.0%} of the training, where the schedule gives {factor:g}"
+        w, where, pct = float(self.weight), "", min(self.pct_train, 1.0)  # fastai's sum may come to 1 + 1e-16
+        if self.schedule is not None:
+            factor = getattr(self.schedule, "progress", self.schedule)(pct)
+            w, where = (
+                round(float(w * factor), 12),
+                f" at {pct:.0%} of the training, where the schedule gives {factor:g}",
+            )
         check_weights(w, self.task_weight, where)
         return w
 
     def _needs_teacher(self) -> bool:
         "Does this batch? The first one does, so that mistakes show early."
-        resting = self.current_weight == 0 and self.task_weight is None and self._tried
+        resting = self.current_weight == 0 and self.task_weight is None and self._checked
         wanted = self.training or self.distill_valid
         predicting = hasattr(self.learn, "gather_preds")
-        return len(self.yb) > 0 and wanted and not resting and not predicting and self._ask_teacher is not None
+        return len(self.yb) > 0 and wanted and not resting and not predicting
+
+    def _blend(self, task: Tensor, kd: Tensor) -> Tensor:
+        w = self.current_weight
+        if self.task_weight is not None:
+            return self.task_weight * task + w * kd
+        return torch.lerp(task, kd, w) if w else task
 
     def _kd_loss(self, teacher: Teacher) -> Tensor:
         fm_s = self._watch.take()
@@ -175,7 +199,7 @@ class KnowledgeDistillationCallback(Callback):
             raise TypeError(f"the distillation loss must return a scalar tensor, got {kd!r}")
         if not torch.isfinite(kd.detach()):
             self._check_teacher({**fm_t, "predictions": teacher_pred})
-        self._tried = True
+        self._checked = True
         return kd
 
     def _check_teacher(self, outputs: dict[str, Any]) -> None:
@@ -192,8 +216,8 @@ class KnowledgeDistillationCallback(Callback):
         mix, y = getattr(self.learn.loss_func, "__self__", None), plain(self.y)
         if not isinstance(mix, MixHandler) or not self.training or "target" not in self._loss_params:
             return self.loss(**outputs, target=y)
-        # MixUp and CutMix mix the loss on two labels: of each sample where the loss can, else of the batch
-        each = {"reduction": "none"} if "reduction" in self._loss_params else {}
+        # MixUp and CutMix mix the loss on two labels: of each sample where we know how, else of the batch
+        each = {"reduction": "none"} if getattr(self.loss, "func", self.loss) is DecoupledKD else {}
         kd, kd1 = (self.loss(**outputs, target=target, **each) for target in (y, plain(detuplify(mix.yb1))))
         return torch.lerp(kd1, kd, mix.lam.to(kd.dtype)).mean()
 
@@ -202,7 +226,8 @@ class KnowledgeDistillationCallback(Callback):
         super()._init_state()
         self._watch = StudentWatch(self.activations_student)
         self._capture_t = FeatureCapture(self.activations_teacher, "teacher")
-        self._distils = self._tried = False  # this batch; any batch so far
+        self._distils_with = None
+        self._checked = False  # has a batch gone through all of it?
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learn" and value is None:  # the end of a fit with `cbs=kd`, whatever ended it
@@ -210,9 +235,21 @@ class KnowledgeDistillationCallback(Callback):
             self._parts.forget()
         super().__setattr__(name, value)
 
+    def __copy__(self) -> "KnowledgeDistillationCallback":
+        "With the same teacher."
+        return self._with_state(self.__getstate__())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "KnowledgeDistillationCallback":
-        "A copy with the same teacher."
-        new = memo[id(self)] = type(self).__new__(type(self))
-        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        "With the same teacher."
+        memo[id(self)] = new = type(self).__new__(type(self))
+        return self._with_state(copy.deepcopy(self.__getstate__(), memo), new)
+
+    def _with_state(self, state: dict[str, Any], new: Any = None) -> "KnowledgeDistillationCallback":
+        new = type(self).__new__(type(self)) if new is None else new
+        new.__setstate__(state)
         new._ask_teacher = self._ask_teacher
         return new
+
+    def _reset_teacher(self) -> None:
+        if self._ask_teacher is not None:
+            self._ask_teacher.reset()

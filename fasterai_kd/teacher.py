@@ -9,9 +9,9 @@ from fastai.learner import Learner, load_learner
 from torch import Tensor, nn
 
 from ._modes import evaluating
-from ._tensors import only_tensor, plain
+from ._tensors import only_tensor, plain, shape_of
 
-__all__ = ["Ensemble", "Teacher", "as_model", "logits"]
+__all__ = ["Ensemble", "Teacher", "as_teacher", "logits"]
 
 
 class Teacher:
@@ -25,10 +25,20 @@ class Teacher:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self._modules = list(model.modules())
-        self._param = next((p for p in model.parameters() if p.is_floating_point()), None)
+        self.refresh()
         if any(p.is_meta for p in model.parameters()):
             raise ValueError("the teacher has no weights, it is on the device 'meta': load it first")
+
+    def refresh(self) -> None:
+        "Look at the model again: the user may have changed it."
+        self._modules = list(self.model.modules())
+        self._param = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+
+    def reset(self) -> None:
+        "Forget the state of a recurrent model, as fastai does for the student."
+        reset = getattr(self.model, "reset", None)
+        if callable(reset):
+            reset()
 
     @torch.no_grad()
     def __call__(self, xb: Sequence[Any]) -> Any:
@@ -46,34 +56,51 @@ class Teacher:
         return [x.to(p.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
 
 
-class Ensemble(nn.Module):
+class Ensemble(Teacher):
     "Several classifiers as one: the mean of their probabilities, as log-probabilities."
 
-    def __init__(self, models: Sequence[nn.Module]):
-        super().__init__()
-        self.models = nn.ModuleList(models)
+    def __init__(self, members: Sequence[Teacher]):
+        super().__init__(nn.ModuleList(t.model for t in members))
+        self.members = list(members)
 
-    def forward(self, *xb: Any) -> Tensor:
-        log_probs = torch.stack([logits(m(*xb)).float().log_softmax(1) for m in self.models])
-        return log_probs.logsumexp(0) - torch.tensor(len(self.models)).log()
+    def __call__(self, xb: Sequence[Any]) -> Tensor:
+        outputs = [plain(logits(teacher(xb))) for teacher in self.members]
+        if outputs[0].ndim < 2 or outputs[0].shape[1] < 2:
+            raise ValueError(f"an ensemble is of classifiers (B, C), got {shape_of(outputs[0])}: give one teacher")
+        return torch.stack([o.log_softmax(1) for o in outputs]).exp().mean(0).log()
+
+    def refresh(self) -> None:
+        for teacher in getattr(self, "members", ()):
+            teacher.refresh()
+
+    def reset(self) -> None:
+        for teacher in self.members:
+            teacher.reset()
 
 
-def as_model(
+def as_teacher(
     teacher: Any,  # a module, a Learner, the path of an exported Learner, or a list of these
-) -> nn.Module:
-    "The model that `teacher` stands for."
+) -> Teacher:
+    "The `Teacher` that the user means."
     if isinstance(teacher, nn.Module):
-        return teacher
+        return Teacher(teacher)
     if isinstance(teacher, Learner):
-        return teacher.model
+        return Teacher(teacher.model)
     if isinstance(teacher, (str, Path)):
-        return load_learner(teacher).model
+        return Teacher(_load(teacher))
     if isinstance(teacher, (list, tuple)) and teacher:
-        return Ensemble([as_model(t) for t in teacher])
+        return Ensemble([as_teacher(t) for t in teacher])
     raise TypeError(
         "teacher must be a model (nn.Module), a Learner, the path of an exported Learner, or a list of these; "
         f"got {teacher!r}"
     )
+
+
+def _load(path: str | Path) -> nn.Module:
+    try:
+        return load_learner(path).model
+    except AttributeError as e:
+        raise TypeError(f"{path} is no exported Learner ({e}): write it with learn.export(), not learn.save()") from e
 
 
 def logits(output: Any) -> Tensor:

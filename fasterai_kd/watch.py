@@ -24,6 +24,7 @@ class StudentWatch:
     def __init__(self, names: Sequence[str]):
         self.capture = FeatureCapture(names, "student")
         self._hook: RemovableHandle | None = None
+        self._learn: Learner = None
 
     def start(self, learn: Learner) -> None:
         "Hook the layers and the model."
@@ -32,14 +33,7 @@ class StudentWatch:
             return
         if isinstance(learn.model, nn.DataParallel) and len(learn.model.device_ids) > 1:
             raise ValueError("layers cannot be compared in DataParallel's replicas: use learn.distrib_ctx() instead")
-
-        def before_forward(model: nn.Module, args: tuple[Any, ...]) -> None:
-            own = len(args) == len(learn.xb) and all(a is b for a, b in zip(args, learn.xb, strict=True))
-            self.capture.recording = own
-            if not own and not _in_batch(learn):
-                self.stop()
-
-        self._hook = learn.model.register_forward_pre_hook(before_forward)
+        self._learn, self._hook = learn, learn.model.register_forward_pre_hook(self._before_forward)
         self.capture.start(learn.model)
 
     def take(self) -> dict[str, Tensor]:
@@ -53,10 +47,22 @@ class StudentWatch:
         self.capture.stop()
         if self._hook is not None:
             self._hook.remove()
-            self._hook = None
+        self._hook = self._learn = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        "As FeatureCapture: copies do nothing."
+        return StudentWatch, (self.capture.names,)
 
-def _in_batch(learn: Learner) -> bool:
-    "Is `learn` running a batch right now?"
-    frames = (frame for frame, _ in traceback.walk_stack(None))
-    return any(f.f_code.co_name == "one_batch" and f.f_locals.get("self") is learn for f in frames)
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._learn is None:
+            return
+        own = len(args) == len(self._learn.xb) and all(a is b for a, b in zip(args, self._learn.xb, strict=True))
+        self.capture.recording = own
+        if not own and not self._in_batch():
+            self.stop()
+
+    def _in_batch(self) -> bool:
+        # a callback may run the student on other inputs within a batch, whose features must stay; only the stack tells
+        # this from a forward after a batch that an exception ended
+        frames = (frame for frame, _ in traceback.walk_stack(None))
+        return any(f.f_code.co_name == "one_batch" and f.f_locals.get("self") is self._learn for f in frames)

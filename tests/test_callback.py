@@ -52,6 +52,7 @@ BAD = [
     (ValueError, "weight must be between 0 and 1, got -0.1", lambda t: (t, SoftTarget, None, None, -0.1)),
     (ValueError, "weight must be between 0 and 1, got nan", lambda t: (t, SoftTarget, None, None, float("nan"))),
     (TypeError, "schedule must be a Schedule or a function", lambda t: (t, SoftTarget, None, None, 0.5, "cos")),
+    (ValueError, "an ensemble gives log-probabilities, Logits", lambda t: ([t, Net()], partial(Logits))),
     (ValueError, "an ensemble has no common layers", lambda t: ([t, Net()], Attention, "conv1", "conv1")),
 ]
 

@@ -10,12 +10,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PAIRS, Net, hooks, same, state
+from conftest import PAIRS, Net, hooks, image, label, same, state
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
-from fastai.callback.schedule import SchedCos, combine_scheds
+from fastai.callback.schedule import SchedCos, SchedLin, SchedPoly, combine_scheds
 from fastai.callback.training import GradientAccumulation
+from fastai.data.core import Datasets
 from fastai.learner import Learner, Recorder, load_learner
 from fastai.losses import LabelSmoothingCrossEntropy
 from fastai.metrics import accuracy
@@ -227,6 +228,37 @@ def test_a_schedule_that_leaves_the_allowed_range_is_an_error_not_a_negative_tas
         make_learner().fit(1, 0.01, cbs=kd)
     kd = kd_for(teacher, SoftTarget, weight=0.8, task_weight=1, schedule=Schedule(sched_lin, end_val=2))
     make_learner().fit(1, 0.01, cbs=kd)
+
+
+@pytest.mark.parametrize("make", [lambda: SchedLin(0, 1), lambda: SchedLin(1, 0), lambda: SchedPoly(0, 1, 2)])
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_a_schedule_may_end_at_an_end_of_the_range_although_fastais_share_comes_to_more_than_1(teacher, make, weight):
+    dsets = Datasets(list(range(24)) * 2, [[image], [label]], splits=[range(36), range(36, 44)])
+    dls = dsets.dataloaders(bs=4, num_workers=0, device=torch.device("cpu"))
+    learn, kd = (
+        Learner(dls, Net(), loss_func=F.cross_entropy),
+        kd_for(teacher, SoftTarget, weight=weight, schedule=make()),
+    )
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.01, cbs=kd)
+    assert learn.pct_train > 1  # nine times 1/9
+    assert len(kd.history["weight"]) == 9
+
+
+def test_a_loss_that_is_inf_while_the_weight_is_0_does_no_harm(make_learner, teacher):
+    def loss(pred, teacher_pred, **kwargs):
+        return Logits(pred, teacher_pred) * float("inf")
+
+    learn, kd = make_learner(), KnowledgeDistillationCallback(teacher, loss, weight=0)
+    learn.fit(1, 0.01, cbs=kd)
+    assert all(t == t for t in kd.history["task_loss"])
+
+
+def test_the_weight_is_checked_also_if_it_is_set_later(make_learner, teacher):
+    kd = kd_for(teacher, SoftTarget)
+    kd.weight = 3
+    with pytest.raises(ValueError, match="weight must be between 0 and 1, got 3"):
+        make_learner().fit(1, 0.01, cbs=kd)
 
 
 # --- every way to train ---
@@ -474,6 +506,43 @@ def test_a_deep_copied_learner_distils_with_metrics_of_its_own(make_learner, tea
     assert other.recorder.values[-1][1:] != learn.recorder.values[-1][1:]
 
 
+def test_a_copy_shares_the_teacher(teacher):
+    assert copy.copy(kd_for(teacher, Attention)).teacher is teacher
+
+
+def test_a_student_interrupted_in_its_forward_can_be_exported_copied_and_saved(make_learner, teacher, tmp_path):
+    learn = make_learner(cbs=[kd_for(teacher, Attention), Fail("after_pred", KeyboardInterrupt())])
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, 0.01)
+    learn._end_cleanup()
+    learn.loss_grad = None
+    torch.save(learn.model, tmp_path / "model.pt")
+    copied, loaded = copy.deepcopy(learn.model), torch.load(tmp_path / "model.pt", weights_only=False)
+    learn.export("s.pkl")
+    for model in (copied, loaded, load_learner(learn.path / "s.pkl").model):
+        assert model(torch.randn(1, 3, 16, 16)).shape == (1, 4)
+        assert not any(h.func.__self__._features for h in model.conv1._forward_hooks.values())
+
+
+def test_a_recurrent_teacher_forgets_its_state_where_the_student_does(make_learner, teacher):
+    events = []
+    teacher.reset = lambda: events.append("reset")
+    teacher.register_forward_hook(lambda *_: events.append("batch"))
+    make_learner().fit(1, 0.01, cbs=kd_for(teacher, SoftTarget))
+    assert events == ["reset", *4 * ["batch"], "reset", *2 * ["batch"]]
+
+
+def test_a_student_in_the_ensemble_that_teaches_it_is_refused(make_learner, teacher, student):
+    with pytest.raises(ValueError, match="teacher and student are the same"):
+        make_learner(student).fit(1, cbs=kd_for([teacher, student], SoftTarget))
+
+
+def test_the_same_callback_twice_is_refused(make_learner, teacher):
+    kd = kd_for(teacher, SoftTarget)
+    with pytest.raises(ValueError, match="in the Learner already"):
+        make_learner(cbs=kd).fit(1, 0.01, cbs=kd)
+
+
 # --- what is seen ---
 
 
@@ -510,6 +579,13 @@ def test_metrics_of_a_fit_without_the_callback_are_nan_not_those_of_the_last_fit
     for cbs in (kd, None):
         learn.fit(1, 0.01, cbs=cbs)
         assert [v == v for v in learn.recorder.values[-1][2:]] == 2 * [cbs is kd]
+
+
+def test_metrics_of_losses_per_sample_are_means(make_learner, teacher):
+    kd = kd_for(teacher, SoftTarget)
+    learn = make_learner(metrics=kd.metrics, cbs=kd)
+    learn.dls.loaders = [dl.new(bs=3) for dl in learn.dls.loaders]  # the last batch is shorter
+    assert learn.get_preds(with_loss=True)[2].shape == (8,)
 
 
 def test_history_is_that_of_the_last_fit_step_by_step(make_learner, teacher):

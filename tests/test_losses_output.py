@@ -434,3 +434,14 @@ def test_labels_that_are_not_one_tensor_are_refused():
 def test_an_infinite_temperature_is_refused():
     with pytest.raises(ValueError, match="finite temperature"):
         SoftTarget(torch.randn(2, 3), torch.randn(2, 3), T=float("inf"))
+
+
+@pytest.mark.parametrize("loss", [SoftTarget, Mutual, DecoupledKD], ids=lambda f: f.__name__)
+def test_classes_that_the_teacher_rules_out_with_minus_infinity_count_nothing(loss):
+    s, t, y = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5), torch.tensor([0, 1, 2, 0])
+    t[:, 3] = float("-inf")
+    value = loss(s, t, target=y)
+    nearly = loss(s, t.clamp(min=-1e4), target=y)
+    torch.testing.assert_close(value, nearly)
+    value.backward()
+    assert s.grad.isfinite().all()

@@ -6,7 +6,7 @@ from conftest import Net, same, state
 from fastai.vision.core import TensorImage
 from torch import nn
 
-from fasterai_kd.teacher import Ensemble, Teacher, as_model, logits
+from fasterai_kd.teacher import Ensemble, Teacher, as_teacher, logits
 
 
 def test_the_teacher_answers_in_evaluation_mode_without_a_graph():
@@ -67,7 +67,7 @@ def test_the_teacher_moves_to_the_device_of_the_batch():
 def test_an_ensemble_gives_the_log_of_the_mean_probability():
     models, x = [Net().eval(), Net().eval(), Net().eval()], torch.randn(4, 3, 16, 16)
     mean = torch.stack([m(x).softmax(1) for m in models]).mean(0)
-    out = Teacher(Ensemble(models))([x])
+    out = Ensemble([Teacher(m) for m in models])([x])
     torch.testing.assert_close(out.softmax(1), mean)
     torch.testing.assert_close(out, mean.log())
 
@@ -75,17 +75,35 @@ def test_an_ensemble_gives_the_log_of_the_mean_probability():
 def test_a_teacher_may_be_a_model_a_learner_an_exported_learner_or_a_list(make_learner, teacher):
     learn = make_learner(teacher)
     learn.export("t.pkl")
-    assert as_model(teacher) is teacher
-    assert as_model(learn) is teacher
+    assert as_teacher(teacher).model is teacher
+    assert as_teacher(learn).model is teacher
     for path in (learn.path / "t.pkl", str(learn.path / "t.pkl")):
-        assert same(state(as_model(path)), state(teacher))
-    assert list(as_model([teacher, learn]).models) == [teacher, teacher]
+        assert same(state(as_teacher(path).model), state(teacher))
+    assert list(as_teacher([teacher, learn]).model) == [teacher, teacher]
+
+
+def test_saved_weights_are_no_teacher(make_learner, teacher):
+    path = make_learner(teacher).save("weights")
+    with pytest.raises(TypeError, match=r"no exported Learner .* write it with learn.export\(\), not learn.save\(\)"):
+        as_teacher(path)
+
+
+def test_members_of_an_ensemble_may_differ_in_precision():
+    models, x = [Net().eval(), Net().eval().double()], torch.randn(4, 3, 16, 16)
+    out = Ensemble([Teacher(m) for m in models])([x])
+    mean = (models[0](x).softmax(1) + models[1](x.double()).softmax(1)) / 2
+    torch.testing.assert_close(out.exp().double(), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_an_ensemble_of_regressors_is_refused():
+    with pytest.raises(ValueError, match=r"an ensemble is of classifiers \(B, C\), got \(4, 1\)"):
+        Ensemble([Teacher(Net(classes=1)), Teacher(Net(classes=1))])([torch.randn(4, 3, 16, 16)])
 
 
 @pytest.mark.parametrize("bad", [None, Net, [], 3, {"a": 1}], ids=repr)
 def test_anything_else_is_refused(bad):
     with pytest.raises(TypeError, match="teacher must be a model"):
-        as_model(bad)
+        as_teacher(bad)
 
 
 def test_predictions_are_found_among_several_outputs():

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from fastai.callback.hook import Hooks
+from fastai.learner import Learner
 from fastcore.basics import tuplify
 from torch import Tensor, nn
 
@@ -38,8 +39,8 @@ def get_module_by_name(
 
 
 def match_feature_layers(
-    student_model: nn.Module,
-    teacher_model: nn.Module,
+    student_model: nn.Module,  # or a Learner
+    teacher_model: nn.Module,  # or a Learner
     sample_input: Tensor | tuple[Tensor, ...],  # a batch as the models see it, one sample is enough
 ) -> "LayerPairs":
     """Pairs of layers whose feature maps have the same resolution, from large to small.
@@ -51,7 +52,8 @@ def match_feature_layers(
     Returns `{"student": [names], "teacher": [names]}`, which prints as a table.
     Raises ValueError if no resolution is shared.
     """
-    student, teacher = _map_shapes(student_model, sample_input), _map_shapes(teacher_model, sample_input)
+    models = [m.model if isinstance(m, Learner) else m for m in (student_model, teacher_model)]
+    student, teacher = (_map_shapes(m, sample_input) for m in models)
     by_res_s, by_res_t = _best_by_resolution(student), _best_by_resolution(teacher)
     shared = sorted(by_res_s.keys() & by_res_t.keys(), key=lambda r: (r[0] * r[1], r[0]), reverse=True)
     if not shared:
@@ -73,18 +75,19 @@ class LayerPairs(dict[str, list[str]]):
     def __repr__(self) -> str:
         if len(self["student"]) != len(self["teacher"]):  # being edited
             return super().__repr__()
-        rows = [f"{'Student':<16} {'Teacher':<16} {'resolution':<12} {'channels':<12} losses that fit"]
-        rows += [self._row(s, t) for s, t in zip(self["student"], self["teacher"], strict=True)]
+        w_s, w_t = (max([w, *map(len, self[who])]) for w, who in ((12, "student"), (16, "teacher")))
+        rows = [f"{'Student':<{w_s + 4}} {'Teacher':<{w_t}} {'resolution':<12} {'channels':<12} losses that fit"]
+        rows += [self._row(s, t, w_s, w_t) for s, t in zip(self["student"], self["teacher"], strict=True)]
         return "\n".join(rows)
 
-    def _row(self, s: str, t: str) -> str:
-        names = f"{s:<12} <-> {t}"
+    def _row(self, s: str, t: str, w_s: int, w_t: int) -> str:
+        names = f"{s:<{w_s}} <-> {t:<{w_t}}"
         if s not in self._shapes_s or t not in self._shapes_t:  # named by hand
-            return names
+            return names.rstrip()
         (c_s, *res_s), (c_t, *res_t) = self._shapes_s[s], self._shapes_t[t]
         sizes = ["x".join(map(str, res)) for res in ((res_s,) if res_s == res_t else (res_s, res_t))]
         fit = "all" if self._shapes_s[s] == self._shapes_t[t] else "Attention, Similarity"
-        return f"{names:<33} {' <-> '.join(sizes):<12} {f'{c_s} <-> {c_t}':<12} {fit}"
+        return f"{names} {' <-> '.join(sizes):<12} {f'{c_s} <-> {c_t}':<12} {fit}"
 
 
 def _map_shapes(model: nn.Module, sample_input: Tensor | tuple[Tensor, ...]) -> _Shapes:

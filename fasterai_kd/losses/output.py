@@ -59,7 +59,7 @@ def DecoupledKD(
     T: float = 4,  # temperature
     alpha: float = 1.0,  # weight of the target class part (TCKD)
     beta: float = 8.0,  # weight of the part among the other classes (NCKD)
-    target: Tensor | None = None,  # class indices (B,) or (B, ...): required
+    target: Tensor | None = None,  # class indices (B,) or (B, ...), 0 to C-1: required
     normalize: bool = False,  # Normalized KD instead
     *,
     reduction: str = "mean",  # 'mean', or 'none' for one value a sample (B,)
@@ -80,11 +80,11 @@ def DecoupledKD(
     s, t = _logits("DecoupledKD", pred, teacher_pred, T)
     y = _class_indices(target, s)
     log_p_s, log_rest_s, z_s = _split_target(s / T, y)
-    log_p_t, log_rest_t, z_t = _split_target(t / T, y)
+    log_p_t, log_rest_t, z_t = map(_finite, _split_target(t / T, y))
     q_t = z_t.scatter(1, y, -math.inf).exp()  # teacher among the other classes; 0 at the target
     nckd = (q_t * (z_t - z_s)).sum(1, keepdim=True)
     if normalize:
-        log_p1_s, log_p1_t = s.log_softmax(1).gather(1, y), t.log_softmax(1).gather(1, y)
+        log_p1_s, log_p1_t = s.log_softmax(1).gather(1, y), _finite(t.log_softmax(1).gather(1, y))
         tckd = log_p1_t.exp() * (log_p1_t - log_p1_s) / T**2
     else:
         tckd = log_p_t.exp() * (log_p_t - log_p_s) + log_rest_t.exp() * (log_rest_t - log_rest_s)
@@ -106,8 +106,13 @@ def _split_target(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _kl(s: Tensor, t: Tensor) -> Tensor:
     "KL(softmax(t) ‖ softmax(s)) over the classes (dim 1)."
-    log_s, log_t = s.log_softmax(1), t.log_softmax(1)
+    log_s, log_t = s.log_softmax(1), _finite(t.log_softmax(1))
     return (log_t.exp() * (log_t - log_s)).sum(1)
+
+
+def _finite(log_p: Tensor) -> Tensor:
+    "A class that the teacher rules out (logit -inf) counts 0 · log 0 = 0."
+    return log_p.clamp(min=torch.finfo(log_p.dtype).min)
 
 
 def _same_shape(loss: str, pred: Tensor, teacher_pred: Tensor) -> tuple[Tensor, Tensor]:
