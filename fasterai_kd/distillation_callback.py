@@ -38,7 +38,7 @@ class KnowledgeDistillationCallback(Callback):
     at 0.
 
     Raises TypeError and ValueError for what cannot work: arguments at once, layers of the student when `fit` starts,
-    shapes at the first batch.
+    shapes at the first batch; FloatingPointError before the step of a batch for which the teacher gives nan or inf.
     """
 
     _stateattrs = ("_ask_teacher", "_distils_with", "_watch", "_capture_t")  # `learn.export()` leaves the teacher out
