@@ -46,7 +46,7 @@ def Similarity(
     Anything but the batch may differ: channels, resolution, rank. A batch of one sample gives 0.
 
     Raises ValueError for missing layers or unequal batches.
-    Source: Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, eq. 1-4.
+    Source: Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, section 3.
     """
     return _sum(F.mse_loss(_similarity(s, p), _similarity(t, p)) for _, s, t in _pairs("Similarity", fm_s, fm_t))
 
@@ -73,7 +73,7 @@ def ActivationBoundaries(
     """Mean squared distance by which the student misses -`m` where the teacher is off (≤ 0), +`m` where it is on.
 
     Raises ValueError for missing layers or unequal shapes.
-    Source: Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries", AAAI 2019, eq. 6.
+    Source: Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries", AAAI 2019: the loss with margin.
     """
     return _sum(_boundaries(s, t, m) for _, s, t in _equal_pairs("ActivationBoundaries", fm_s, fm_t))
 

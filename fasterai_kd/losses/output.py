@@ -35,7 +35,7 @@ def Mutual(
     """KL(teacher ‖ student) of the softmaxes without a temperature, mean over the batch (and positions).
 
     Raises ValueError for unequal shapes or fewer than two classes.
-    Source: Zhang et al., "Deep Mutual Learning", CVPR 2018, eq. 5.
+    Source: Zhang et al., "Deep Mutual Learning", CVPR 2018, section 3: the mimicry loss.
     """
     return _kl(*_logits("Mutual", pred, teacher_pred)).mean()
 
@@ -73,7 +73,7 @@ def DecoupledKD(
 
     Raises ValueError without `target`, for unequal shapes, a target that is not class indices, or `T` ≤ 0.
     Sources: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, eq. 7; for `normalize`, Yang et al.,
-    "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023, eq. 7, less the teacher's entropy.
+    "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023: NKD, less the teacher's entropy.
     """
     if target is None:
         raise ValueError("DecoupledKD needs `target`, the labels; without labels use SoftTarget")
