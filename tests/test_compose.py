@@ -478,12 +478,17 @@ def test_compiled_student_and_teacher_train_as_plain_ones(make_learner, teacher,
             student(torch.randn(4, 3, SIZE, SIZE))  # compiled without hooks, as by an earlier call
         kd = KnowledgeDistillationCallback(t, loss, *layers)
         learn = make_learner(student)
+        if compile_them and layers and not hasattr(torch.compiler, "set_stance"):
+            with pytest.raises(RuntimeError, match=r"layers of a compiled student need torch 2\.6"):
+                learn.fit(1, 0.1, cbs=kd)
+            return
         learn.fit(1, 0.1, cbs=kd)
         assert finite(kd)
         states.append([p.detach().clone() for p in student.parameters()])
     for plain, fast in zip(*states, strict=True):
         torch.testing.assert_close(fast, plain)
-    assert not hasattr(torch.compiler, "set_stance") or torch._dynamo.eval_frame._stance.stance == "default"
+    if hasattr(torch.compiler, "set_stance"):
+        assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 ARCHS = ["mobilenet_v3_small", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny", "shufflenet_v2_x0_5", "vit_b_16"]
