@@ -94,12 +94,15 @@ def _attention(p: float, names: str, s: Tensor, t: Tensor) -> Tensor:
 
 
 def _attention_map(f: Tensor, p: float) -> Tensor:
-    return (f * f if p == 2 else f.abs().pow(p)).mean(1)
+    return (f * f if p == 2 else f.abs().pow(p)).sum(1) / f.shape[1]  # the mean, cheaper in backward
 
 
 def _similarity(f: Tensor, p: float) -> Tensor:
     f = f.flatten(1) if f.ndim > 1 else f.unsqueeze(1)
-    return F.normalize(f @ f.T, p=p, dim=1)
+    gram = f @ f.detach().T
+    if f.requires_grad:  # G is symmetric: the other half of its gradient is the transpose, which spares a product
+        gram = gram + gram.T - gram.detach()
+    return F.normalize(gram, p=p, dim=1)
 
 
 def _boundaries(s: Tensor, t: Tensor, m: float) -> Tensor:
