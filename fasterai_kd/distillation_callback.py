@@ -1,6 +1,5 @@
 "The callback that adds a distillation loss to a fastai training loop."
 
-import copy
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,9 +40,8 @@ class KnowledgeDistillationCallback(Callback):
     shapes at the first batch; FloatingPointError before the step of a batch for which the teacher gives nan or inf.
     """
 
-    _stateattrs = ("_ask_teacher", "_distils_with", "_watch", "_capture_t")  # `learn.export()` leaves the teacher out
-    _ask_teacher: Teacher | None = None
-    _distils_with: Teacher | None = None  # in this batch
+    _ask_teacher: Teacher | None
+    _distils_with: Teacher | None  # in this batch
     order = 0  # after the task loss; before GradientAccumulation divides it and MixedPrecision leaves autocast
 
     def __init__(
@@ -234,21 +232,6 @@ class KnowledgeDistillationCallback(Callback):
             self._watch.stop()
             self._parts.forget()
         super().__setattr__(name, value)
-
-    def __copy__(self) -> "KnowledgeDistillationCallback":
-        "With the same teacher."
-        return self._with_state(self.__getstate__())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "KnowledgeDistillationCallback":
-        "With the same teacher."
-        memo[id(self)] = new = type(self).__new__(type(self))
-        return self._with_state(copy.deepcopy(self.__getstate__(), memo), new)
-
-    def _with_state(self, state: dict[str, Any], new: Any = None) -> "KnowledgeDistillationCallback":
-        new = type(self).__new__(type(self)) if new is None else new
-        new.__setstate__(state)
-        new._ask_teacher = self._ask_teacher
-        return new
 
     def _reset_teacher(self) -> None:
         if self._ask_teacher is not None:

@@ -40,6 +40,14 @@ class Teacher:
         if callable(reset):
             reset()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
+        "Copies of a callback share its teacher."
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        "A callback that is saved, say by `learn.export()`, leaves its teacher out."
+        return _no_teacher, ()
+
     @torch.no_grad()
     def __call__(self, xb: Sequence[Any]) -> Any:
         with evaluating(self.model, self._modules):
@@ -54,6 +62,10 @@ class Teacher:
         if p.device != device:
             self.model.to(device)
         return [x.to(p.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+
+
+def _no_teacher() -> None:
+    "What is loaded in its place."
 
 
 class Ensemble(Teacher):
