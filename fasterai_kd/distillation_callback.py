@@ -42,6 +42,7 @@ class KnowledgeDistillationCallback(Callback):
 
     _ask_teacher: Teacher | None
     _distils_with: Teacher | None  # in this batch
+    _checked: bool  # has a batch gone through all of it?
     order = 0  # after the task loss; before GradientAccumulation divides it and MixedPrecision leaves autocast
 
     def __init__(
@@ -184,6 +185,8 @@ class KnowledgeDistillationCallback(Callback):
 
     def _kd_loss(self, teacher: Teacher) -> Tensor:
         fm_s = self._watch.take()
+        if self.training and not self._checked:
+            _warn_if_fixed(fm_s)
         with self._capture_t.start(teacher.model):
             teacher_pred = teacher(self.xb)
             fm_t = self._capture_t.take()
@@ -225,7 +228,7 @@ class KnowledgeDistillationCallback(Callback):
         self._watch = StudentWatch(self.activations_student)
         self._capture_t = FeatureCapture(self.activations_teacher, "teacher")
         self._distils_with = None
-        self._checked = False  # has a batch gone through all of it?
+        self._checked = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learn" and value is None:  # the end of a fit with `cbs=kd`, whatever ended it
@@ -236,3 +239,12 @@ class KnowledgeDistillationCallback(Callback):
     def _reset_teacher(self) -> None:
         if self._ask_teacher is not None:
             self._ask_teacher.reset()
+
+
+def _warn_if_fixed(fm_s: dict[str, Tensor]) -> None:
+    if fm_s and not any(fm.requires_grad for fm in fm_s.values()):
+        warnings.warn(
+            f"the student's layers {', '.join(fm_s)} cannot learn from the teacher: they are frozen, or inside "
+            "torch.utils.checkpoint with use_reentrant=True (set it to False)",
+            stacklevel=2,
+        )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from conftest import CLASSES, PAIRS, SIZE, Net, hooks, image, label, same, state
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
@@ -31,6 +32,7 @@ from fastai.losses import (
     MSELossFlat,
 )
 from fastai.metrics import accuracy_multi, mse
+from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
 
@@ -142,6 +144,47 @@ def test_frozen_layers_stay_and_learning_rates_may_differ_by_layer(make_learner,
     learn.unfreeze()
     learn.fit_one_cycle(1, slice(1e-3, 1e-1), cbs=attention(teacher))
     assert not torch.equal(state(learn.model)["conv1.weight"], before["conv1.weight"])
+
+
+class Checkpointed(Net):
+    "Trades memory for time."
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        def stage(x):
+            return self.layer1(self.relu(self.bn1(self.conv1(x))))
+
+        x = torch.utils.checkpoint.checkpoint(stage, x, use_reentrant=self.reentrant)
+        return self.head(self.layer2(x).mean((2, 3)))
+
+
+@works("training features", "torch.utils.checkpoint, not reentrant")
+def test_checkpointed_layers_learn_as_plain_ones(make_learner, teacher):
+    start, states = state(Net()), []
+    for student in (Net(), Checkpointed(reentrant=False)):
+        student.load_state_dict(start)
+        learn = make_learner(student, opt_func=SGD)
+        set_seed(0)
+        learn.fit(1, 0.1, cbs=KnowledgeDistillationCallback(teacher, FitNet, "layer1", "layer1"))
+        states.append([p.detach() for p in learn.model.parameters()])
+    for a, b in zip(*states, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@works("faults", "compared layers that cannot learn, frozen or in a reentrant checkpoint: a warning")
+@pytest.mark.parametrize("why", ["frozen", "checkpoint"])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_layers_that_cannot_learn_are_pointed_out(make_learner, teacher, why):
+    student = Checkpointed(reentrant=True) if why == "checkpoint" else Net()
+    if why == "frozen":
+        for m in (student.conv1, student.bn1, student.layer1):
+            m.requires_grad_(False)
+    kd = KnowledgeDistillationCallback(teacher, FitNet, ["conv1", "layer1"], ["conv1", "layer1"])
+    with pytest.warns(UserWarning, match="layers conv1, layer1 cannot learn from the teacher: they are frozen"):
+        make_learner(student).fit(1, 0.01, cbs=kd)
 
 
 @works("training features", "resuming with start_epoch")
