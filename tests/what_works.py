@@ -6,10 +6,12 @@ python tests/what_works.py > nbs/what_works.md
 import contextlib
 import io
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+TESTS = Path(__file__).parent
 HEAD = """# What works with what
 
 Each row is held by the tests beside it, which train real fastai Learners. Made from the tests' markers by
@@ -18,29 +20,33 @@ Each row is held by the tests beside it, which train real fastai Learners. Made 
 
 
 class Collector:
-    def __init__(self):
-        self.rows = {}
+    "A pytest plugin that keeps what was collected."
+
+    items: Iterable[pytest.Item] = ()
 
     def pytest_collection_finish(self, session):
-        for item in session.items:
-            for mark in item.iter_markers("works"):
-                name = f"{item.path.stem}::{item.originalname}"
-                self.rows.setdefault(mark.args[0], {}).setdefault(mark.args[1], set()).add(name)
+        self.items = session.items
 
 
-def table() -> str:
-    collector = Collector()
-    with contextlib.redirect_stdout(io.StringIO()):
-        code = pytest.main(["--collect-only", "-q", str(Path(__file__).parent)], plugins=[collector])
-    if code != pytest.ExitCode.OK:
-        sys.exit(f"collecting the tests failed: {code}")
+def table(items: Iterable[pytest.Item]) -> str:
+    "Markdown, an area after the other."
+    areas: dict[str, dict[str, set[str]]] = {}
+    for item in items:
+        for mark in item.iter_markers("works"):
+            area, row = mark.args
+            areas.setdefault(area, {}).setdefault(row, set()).add(f"{item.path.stem}::{item.originalname}")
     lines = [HEAD]
-    for area, rows in collector.rows.items():
+    for area, rows in areas.items():
         lines += [f"## {area.capitalize()}", "", "| what | held by |", "|---|---|"]
         lines += [f"| {row} | {', '.join(f'`{name}`' for name in sorted(names))} |" for row, names in rows.items()]
         lines.append("")
-    return "\n".join(lines).rstrip()
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    print(table())
+    collector = Collector()
+    with contextlib.redirect_stdout(io.StringIO()):
+        code = pytest.main(["--collect-only", "-q", str(TESTS)], plugins=[collector])
+    if code != pytest.ExitCode.OK:
+        sys.exit(f"collecting the tests failed: {code}")
+    print(table(collector.items), end="")
