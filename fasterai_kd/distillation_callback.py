@@ -160,13 +160,12 @@ class KnowledgeDistillationCallback(Callback):
     # How
 
     def _weight_now(self) -> float:
-        w, where, pct = float(self.weight), "", min(self.pct_train, 1.0)  # fastai's sum may come to 1 + 1e-16
+        w, where = float(self.weight), ""
         if self.schedule is not None:
+            pct = min(self.pct_train, 1.0)  # fastai's sum may come to 1 + 1e-16
             factor = getattr(self.schedule, "progress", self.schedule)(pct)
-            w, where = (
-                round(float(w * factor), 12),
-                f" at {pct:.0%} of the training, where the schedule gives {factor:g}",
-            )
+            where = f" at {pct:.0%} of the training, where the schedule gives {factor:g}"
+            w = round(float(w * factor), 12)
         check_weights(w, self.task_weight, where)
         return w
 

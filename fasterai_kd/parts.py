@@ -33,7 +33,8 @@ class LossParts:
         step: bool,  # a training step?
     ) -> None:
         "The parts of one batch."
-        task = task.mean()  # fastai asks for a loss a sample in `get_preds(with_loss=True)`
+        if task.ndim:  # fastai asks for a loss a sample in `get_preds(with_loss=True)`
+            task = task.mean()
         kd = torch.full_like(task, torch.nan) if kd is None else kd
         self._last = (task, kd)
         if step:

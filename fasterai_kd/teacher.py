@@ -72,8 +72,8 @@ class Ensemble(Teacher):
     "Several classifiers as one: the mean of their probabilities, as log-probabilities."
 
     def __init__(self, members: Sequence[Teacher]):
-        super().__init__(nn.ModuleList(t.model for t in members))
         self.members = list(members)
+        super().__init__(nn.ModuleList(t.model for t in members))
 
     def __call__(self, xb: Sequence[Any]) -> Tensor:
         outputs = [plain(logits(teacher(xb))) for teacher in self.members]
@@ -82,7 +82,7 @@ class Ensemble(Teacher):
         return torch.stack([o.log_softmax(1) for o in outputs]).exp().mean(0).log()
 
     def refresh(self) -> None:
-        for teacher in getattr(self, "members", ()):
+        for teacher in self.members:
             teacher.refresh()
 
     def reset(self) -> None:

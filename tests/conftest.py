@@ -49,6 +49,17 @@ def _seeded():
     plt.close("all")
 
 
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")),
+    ]
+)
+def device(request):
+    "Each that there is."
+    return request.param
+
+
 @pytest.fixture
 def teacher():
     torch.manual_seed(1)

@@ -99,16 +99,6 @@ def any_features(*shape):
     return arrays(np.int64, shape, elements=st.integers(-24, 24)).map(lambda a: torch.from_numpy(a).double() / 8)
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")),
-    ]
-)
-def device(request):
-    return request.param
-
-
 # Values and gradients
 
 

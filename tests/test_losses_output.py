@@ -93,16 +93,6 @@ def batches(draw, shapes=((1, 2), (4, 3), (3, 6), (2, 3, 2, 2))):
 temperatures = st.floats(0.5, 20)
 
 
-@pytest.fixture(
-    params=[
-        "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")),
-    ]
-)
-def device(request):
-    return request.param
-
-
 # Values and gradients
 
 
