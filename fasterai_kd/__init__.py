@@ -9,6 +9,10 @@ from .distillation_callback import (
     match_feature_layers,
 )
 from .losses import (
+    CWD,
+    DIST,
+    PKT,
+    RKD,
     ActivationBoundaries,
     Attention,
     DecoupledKD,
@@ -21,6 +25,10 @@ from .losses import (
 from .schedule import Schedule
 
 __all__ = [
+    "CWD",
+    "DIST",
+    "PKT",
+    "RKD",
     "ActivationBoundaries",
     "Attention",
     "DecoupledKD",

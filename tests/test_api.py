@@ -11,6 +11,7 @@ import pytest
 import fasterai_kd
 
 LOSSES = ["SoftTarget", "Logits", "Mutual", "DecoupledKD", "Attention", "Similarity", "FitNet", "ActivationBoundaries"]
+LOSSES += ["DIST", "RKD", "PKT", "CWD"]
 CALLBACK = ["KnowledgeDistillationCallback", "get_model_layers", "get_module_by_name", "match_feature_layers"]
 SCHEDULES = ["Schedule", "one_shot", "iterative", "agp", "one_cycle", "cos", "lin", "dsd", "schedules"]
 SCHEDULES += ["sched_oneshot", "sched_iterative", "sched_agp", "sched_onecycle", "sched_dsd", "available_schedules"]
@@ -22,6 +23,7 @@ SCHEDULES += ["sched_oneshot", "sched_iterative", "sched_agp", "sched_onecycle",
         ("fasterai_kd", LOSSES + CALLBACK + ["Schedule"]),
         ("fasterai_kd.all", LOSSES + CALLBACK),
         ("fasterai_kd.losses", [*LOSSES, "match_feature_layers"]),
+        ("fasterai_kd.losses.intermediate", ["Attention", "Similarity", "FitNet", "ActivationBoundaries", "CWD"]),
         ("fasterai_kd.distillation_callback", CALLBACK),
         ("fasterai_kd.schedule", SCHEDULES),
     ],
@@ -64,8 +66,11 @@ ARROWS = {  # who may import whom: everything else of the package is off limits
     "watch": ["capture"],
     "teacher": ["_modes", "_tensors"],
     "parts": [],
-    "losses.output": ["_tensors"],
-    "losses.intermediate": ["_tensors"],
+    "losses._logits": ["_tensors"],
+    "losses._pairs": ["_tensors"],
+    "losses.output": ["_logits"],
+    "losses.intermediate": ["_logits", "_pairs", "_tensors", "relations"],
+    "losses.relations": ["_pairs"],
     "losses.matching": ["_modes"],
 }
 

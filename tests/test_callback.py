@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fasterai_kd import *
 
 LOSSES = [SoftTarget, Logits, Mutual, DecoupledKD, Attention, Similarity, FitNet, ActivationBoundaries]
+LOSSES += [DIST, RKD, PKT, CWD]
 
 
 def test_the_first_six_arguments_may_be_positional_the_others_not():
@@ -142,9 +143,7 @@ def saved_for_backward(learn, *cbs):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize(
-    "loss", [SoftTarget, Logits, Mutual, DecoupledKD, Attention, Similarity, FitNet, ActivationBoundaries]
-)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_step_saves_for_backward_what_the_student_and_the_loss_need_and_nothing_of_the_teacher(
     make_learner, teacher, student, loss, frozen
 ):

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 from torch.testing import assert_close
 
-from fasterai_kd import ActivationBoundaries, Attention, FitNet, Similarity
+from fasterai_kd import CWD, ActivationBoundaries, Attention, FitNet, Similarity
 
 law = settings(deadline=None, derandomize=True, max_examples=20)
 f64 = torch.float64
@@ -54,6 +54,14 @@ def boundaries(s, t, m=2.0):
     return total / s.size
 
 
+def cwd(s, t, T=4.0):
+    total = 0.0
+    for f, g in zip(s.reshape(-1, s[0, 0].size), t.reshape(-1, t[0, 0].size), strict=True):  # channel by channel
+        q, p = np.exp(f / T) / np.exp(f / T).sum(), np.exp(g / T) / np.exp(g / T).sum()
+        total += np.sum(p * np.log(p / q))
+    return T**2 * total / (s.shape[0] * s.shape[1])
+
+
 CASES = {
     "Attention": (Attention, attention, {}),
     "Attention p=1": (Attention, attention, {"p": 1}),
@@ -66,14 +74,18 @@ CASES = {
     "FitNet": (FitNet, fitnet, {}),
     "ActivationBoundaries": (ActivationBoundaries, boundaries, {}),
     "ActivationBoundaries m=0.5": (ActivationBoundaries, boundaries, {"m": 0.5}),
+    "CWD": (CWD, cwd, {}),
+    "CWD T=1": (CWD, cwd, {"T": 1}),
 }
 ALL = {name: partial(loss, **args) for name, (loss, _, args) in CASES.items()}
-FOUR = [Attention, Similarity, FitNet, ActivationBoundaries]
+FIVE = [Attention, Similarity, FitNet, ActivationBoundaries, CWD]
 CHANNELS_MAY_DIFFER = [name for name in ALL if name.startswith(("Attention", "Similarity"))]
-OF_ONE_SHAPE = [name for name in ALL if name.startswith(("FitNet", "Activation"))]
+OF_ONE_SHAPE = [name for name in ALL if name.startswith(("FitNet", "Activation", "CWD"))]
+OF_ANY_RANK = [name for name in OF_ONE_SHAPE if not name.startswith("CWD")]
+SQUARES = [name for name in ALL if not name.startswith("CWD")]
 
 formulas = pytest.mark.parametrize(("loss", "formula", "args"), CASES.values(), ids=CASES)
-each_loss = pytest.mark.parametrize("loss", FOUR)
+each_loss = pytest.mark.parametrize("loss", FIVE)
 
 
 def losses(names=tuple(ALL)):
@@ -133,7 +145,7 @@ def test_similarity_takes_features_of_any_rank(shape_s, shape_t):
     assert value(Similarity, s, t).item() == pytest.approx(similarity(s.numpy(), t.numpy()), rel=1e-9)
 
 
-@losses(OF_ONE_SHAPE)
+@losses(OF_ANY_RANK)
 @pytest.mark.parametrize("shape", [(3, 6), (3, 2, 7), (3, 2, 2, 2, 2)], ids=str)
 def test_fitnet_and_activation_boundaries_take_any_rank(loss, shape):
     formula = fitnet if loss.func is FitNet else boundaries
@@ -269,14 +281,14 @@ def test_similarity_of_a_batch_of_one_is_zero():
 # Laws
 
 
-@losses()
+@losses(SQUARES)
 @law
 @given(any_features(2, 3, 2, 2), any_features(2, 3, 2, 2))
 def test_loss_is_never_negative(loss, s, t):
     assert value(loss, s, t) >= 0
 
 
-@losses([name for name in ALL if not name.startswith("Activation")])
+@losses([name for name in SQUARES if not name.startswith("Activation")])
 @law
 @given(any_features(2, 3, 2, 2))
 def test_loss_is_zero_with_no_gradient_at_the_teachers_features(loss, t):
@@ -338,6 +350,45 @@ def test_similarity_does_not_see_orthogonal_mixing_of_the_features(s, t, seed):
 @given(any_features(3, 2, 2, 2), any_features(3, 5), st.floats(0.1, 10), st.integers(1, 5))
 def test_similarity_does_not_see_positive_scale_or_features_that_are_zero(s, t, a, n):
     assert_close(value(Similarity, s * a, torch.cat([t / a, t.new_zeros(3, n)], 1)), value(Similarity, s, t))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7), (2, 3, 2, 3, 4)], ids=str)
+def test_cwd_takes_maps_of_any_number_of_dimensions(shape):
+    s, t = pair(*shape)
+    assert value(CWD, s, t).item() == pytest.approx(cwd(s.numpy(), t.numpy()), rel=1e-9)
+
+
+@law
+@given(any_features(2, 3, 2, 2), any_features(2, 3, 2, 2), st.floats(0.5, 20))
+def test_cwd_is_never_negative_and_zero_with_no_gradient_at_the_teachers_maps(s, t, T):
+    assert CWD({"s": s}, {"t": t}, T=T) >= -1e-9
+    same = t.clone().requires_grad_()
+    got = CWD({"s": same}, {"t": t}, T=T)
+    got.backward()
+    assert got.abs() < 1e-9
+    assert same.grad.abs().max() < 1e-9
+
+
+@law
+@given(any_features(2, 3, 2, 2), any_features(2, 3, 2, 2), any_features(2, 3, 1, 1), any_features(2, 3, 1, 1))
+def test_cwd_does_not_see_a_constant_added_to_a_channel(s, t, c, d):
+    assert_close(value(CWD, s + c, t + d), value(CWD, s, t))
+
+
+@law
+@given(any_features(2, 3, 2, 2), any_features(2, 3, 2, 2), st.permutations(range(4)))
+def test_cwd_does_not_see_the_order_of_the_positions(s, t, order):
+    assert_close(value(CWD, s.flatten(2)[..., order], t.flatten(2)[..., order]), value(CWD, s, t))
+
+
+@pytest.mark.parametrize("T", [1.0, 4.0])
+@pytest.mark.parametrize("teacher", [-1.0, 0.0, 1.0])
+def test_cwd_of_large_features_is_finite_in_float32(T, teacher):
+    s = (100 * pair(2, 3, 4, 4, dtype=torch.float32)[0].sign()).requires_grad_()
+    got = CWD({"s": s}, {"t": teacher * s.detach()}, T=T)
+    got.backward()
+    assert got.isfinite()
+    assert s.grad.isfinite().all()
 
 
 @losses()
@@ -416,3 +467,16 @@ def test_attention_refuses_maps_of_one_pixel_whose_loss_would_always_be_0():
 def test_missing_features_are_an_error_that_says_what_to_give():
     with pytest.raises(ValueError, match="got 0 of the student and 0 of the teacher: give activations_student"):
         Attention(None, None)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3,), (3, 4, 1), (3, 4, 1, 1)], ids=str)
+def test_cwd_refuses_features_without_positions_whose_loss_would_always_be_0(shape):
+    expected = rf"CWD .*student layer 'fc' and teacher layer 'head' give {re.escape(str(shape))}.* use Similarity"
+    with pytest.raises(ValueError, match=expected):
+        CWD({"fc": features(*shape)}, {"head": features(*shape)})
+
+
+@pytest.mark.parametrize("T", [0, -1.0, float("nan"), math.inf])
+def test_cwd_refuses_a_temperature_that_is_not_positive_and_finite(T):
+    with pytest.raises(ValueError, match=rf"CWD needs a finite temperature T > 0, got {T}"):
+        CWD({"s": features(2, 3, 2, 2)}, {"t": features(2, 3, 2, 2)}, T=T)

@@ -14,7 +14,7 @@ from scipy.special import rel_entr, softmax
 from torch import Tensor
 from torch.testing import assert_close
 
-from fasterai_kd import DecoupledKD, Logits, Mutual, SoftTarget
+from fasterai_kd import DIST, DecoupledKD, Logits, Mutual, SoftTarget
 
 law = settings(deadline=None, derandomize=True, max_examples=20)
 f64 = torch.float64
@@ -51,9 +51,28 @@ def normalized(s, t, y, T=4.0, alpha=1.0, beta=8.0, normalize=True):
     return alpha * p_t * np.log(p_t / p_s) + beta * T**2 * rel_entr(others(t / T, y), others(s / T, y)).sum()
 
 
+def z_scored(formula):
+    def standardized(s, t, y, standardize=True, **args):
+        return formula(*((z - z.mean()) / (1e-7 + z.std(ddof=1)) for z in (s, t)), y, **args)
+
+    return standardized
+
+
+def dist(s, t, beta=1.0, gamma=1.0, T=1.0):
+    "For all samples: two tables of logits."
+    p_s, p_t = (softmax(z / T, axis=1) for z in (s, t))
+    rows = [np.corrcoef(a, b)[0, 1] for a, b in zip(p_s, p_t, strict=True)]
+    columns = [np.corrcoef(a, b)[0, 1] for a, b in zip(p_s.T, p_t.T, strict=True)]
+    return T**2 * (beta * (1 - np.mean(rows)) + gamma * (1 - np.mean(columns)))
+
+
+def table(x):
+    "One row for each sample or position."
+    return np.moveaxis(x.numpy(), 1, -1).reshape(-1, x.shape[1])
+
+
 def over_samples(formula, s, t, y, **args):
-    s, t = (np.moveaxis(x.numpy(), 1, -1).reshape(-1, x.shape[1]) for x in (s, t))
-    return np.mean([formula(*row, **args) for row in zip(s, t, y.numpy().ravel(), strict=True)])
+    return np.mean([formula(*row, **args) for row in zip(table(s), table(t), y.numpy().ravel(), strict=True)])
 
 
 CASES = {
@@ -65,10 +84,16 @@ CASES = {
     "DecoupledKD T=1": (DecoupledKD, decoupled, {"T": 1, "alpha": 0.5, "beta": 2}),
     "Normalized KD": (DecoupledKD, normalized, {"normalize": True}),
     "Normalized KD T=2": (DecoupledKD, normalized, {"normalize": True, "T": 2, "alpha": 3, "beta": 0.5}),
+    "SoftTarget z": (SoftTarget, z_scored(soft_target), {"standardize": True, "T": 2}),
+    "DecoupledKD z": (DecoupledKD, z_scored(decoupled), {"standardize": True}),
+    "Normalized KD z": (DecoupledKD, z_scored(normalized), {"standardize": True, "normalize": True}),
 }
-ALL = {name: partial(loss, **args) for name, (loss, _, args) in CASES.items()}
-DIVERGENCES = [name for name in ALL if "Normalized" not in name]  # zero and smallest at student == teacher
-SOFTMAXES = [name for name in ALL if name != "Logits"]
+OVER_THE_BATCH = {"DIST": DIST, "DIST T=4": partial(DIST, beta=0.5, gamma=2.0, T=4.0)}  # not a mean over samples
+Z_SCORED = [name for name in CASES if name.endswith("z")]
+ALL = {name: partial(loss, **args) for name, (loss, _, args) in CASES.items()} | OVER_THE_BATCH
+MEANS = [name for name in CASES if name not in Z_SCORED]
+DIVERGENCES = [name for name in MEANS if "Normalized" not in name]  # zero and smallest at student == teacher
+SOFTMAXES = [name for name in MEANS if name != "Logits"]
 
 formulas = pytest.mark.parametrize(("loss", "formula", "args"), CASES.values(), ids=CASES)
 
@@ -88,6 +113,11 @@ def batches(draw, shapes=((1, 2), (4, 3), (3, 6), (2, 3, 2, 2))):
     shape = draw(st.sampled_from(shapes))
     s, t = (torch.from_numpy(draw(arrays(np.float64, shape, elements=st.floats(-20, 20)))) for _ in "st")
     return s, t, torch.from_numpy(draw(arrays(np.int64, shape[:1] + shape[2:], elements=st.integers(0, shape[1] - 1))))
+
+
+def tables(*shape):
+    "Multiples of 1/8, ties and constant rows among them: of a variance that is 0 or not tiny."
+    return arrays(np.int64, shape, elements=st.integers(-24, 24)).map(lambda a: torch.from_numpy(a).double() / 8)
 
 
 temperatures = st.floats(0.5, 20)
@@ -110,6 +140,16 @@ def test_float32_is_enough(loss, formula, args, device):
     got = loss(s, t, target=y, **args)
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(over_samples(formula, *batch(6, 5), **args), rel=1e-5)
+
+
+@pytest.mark.parametrize("args", [{}, {"beta": 0.5, "gamma": 2.0, "T": 4.0}], ids=str)
+@pytest.mark.parametrize("shape", [(6, 5), (2, 2), (2, 4, 3, 2), (3, 3, 7), (1, 3, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [f64, torch.float32], ids=str)
+def test_dist_is_the_formula_with_a_row_for_each_sample_and_position(args, shape, dtype, device):
+    s, t, _ = batch(*shape, scale=1.0)
+    got = DIST(*(x.to(device, dtype) for x in (s, t)), **args)
+    assert (got.shape, got.dtype) == ((), dtype)
+    assert got.item() == pytest.approx(dist(table(s), table(t), **args), rel=1e-5)  # the 1e-8 in the denominator
 
 
 @losses()
@@ -203,10 +243,16 @@ def test_further_keywords_are_ignored_and_partial_sets_arguments(loss, formula, 
     assert got == loss(s, t, target=y, **args)
 
 
-@pytest.mark.parametrize("loss", [SoftTarget, Mutual, Logits])
+@pytest.mark.parametrize("loss", [SoftTarget, Mutual, Logits, DIST])
 def test_labels_are_used_by_decoupled_kd_only(loss):
     s, t, y = batch(4, 3)
     assert loss(s, t) == loss(s, t, target=y) == loss(s, t, target=None)
+
+
+@pytest.mark.parametrize("loss", OVER_THE_BATCH.values(), ids=OVER_THE_BATCH)
+def test_dist_ignores_further_keywords(loss):
+    s, t, y = batch(4, 3)
+    assert loss(pred=s, teacher_pred=t, fm_s={}, fm_t={}, target=y, lam=0.3) == loss(s, t)
 
 
 @losses()
@@ -264,7 +310,7 @@ def test_soft_target_at_temperature_one_is_mutual(b):
     assert_close(SoftTarget(*b[:2], T=1), Mutual(*b[:2]))
 
 
-@losses(SOFTMAXES)
+@losses([*SOFTMAXES, *OVER_THE_BATCH])
 @law
 @given(batches(), st.floats(-30, 30), st.floats(-30, 30))
 def test_a_constant_added_to_all_logits_of_a_sample_changes_nothing(loss, b, c, d):
@@ -283,7 +329,7 @@ def test_order_of_samples_and_of_classes_makes_no_difference(loss, b, random):
     assert_close(loss(*moved, target=classes.argsort()[y[samples]]), loss(s, t, target=y))
 
 
-@losses()
+@losses(MEANS + Z_SCORED)
 @law
 @given(batches())
 def test_loss_of_a_batch_is_the_mean_of_the_losses_of_its_samples(loss, b):
@@ -291,7 +337,7 @@ def test_loss_of_a_batch_is_the_mean_of_the_losses_of_its_samples(loss, b):
     assert_close(loss(*b[:2], target=b[2]), torch.stack(each).mean())
 
 
-@losses()
+@losses(MEANS + Z_SCORED)
 @law
 @given(batches(((2, 3, 2, 2),)), st.integers(1, 3))
 def test_dense_outputs_are_averaged_over_positions_so_their_number_makes_no_difference(loss, b, n):
@@ -344,12 +390,87 @@ def test_reduction_none_gives_one_value_a_sample_and_their_mean_is_the_loss(norm
     assert_close(each.mean(), f(s, t, target=y))
 
 
+# Correlations and z-scores
+
+
+@law
+@given(tables(5, 4), tables(5, 4), st.floats(0.1, 1), st.booleans())
+def test_dist_does_not_see_a_positive_affine_change_of_the_probabilities(s, t, a, student):
+    mixed = [(a * z.softmax(1) + (1 - a) / 4).log() if of == student else z for of, z in ((True, s), (False, t))]
+    assert_close(DIST(*mixed), DIST(s, t), atol=1e-5, rtol=0)
+
+
+@law
+@given(tables(5, 4), tables(5, 4), st.floats(0, 4), st.floats(0, 4), temperatures)
+def test_dist_lies_between_0_and_twice_its_weights_and_is_linear_in_them(s, t, beta, gamma, T):
+    got = DIST(s, t, beta, gamma, T)
+    assert -1e-9 <= got <= 2 * (beta + gamma) * T**2 + 1e-9
+    assert_close(got, beta * DIST(s, t, 1, 0, T) + gamma * DIST(s, t, 0, 1, T))
+
+
+@pytest.mark.parametrize(("shape", "T"), [((6, 5), 1.0), ((6, 5), 4.0), ((2, 3, 4, 4), 1.0)], ids=str)
+def test_dist_is_zero_with_no_gradient_at_the_teachers_outputs(shape, T):
+    _, t, _ = batch(*shape)
+    same = t.clone().requires_grad_()
+    got = DIST(same, t, T=T)
+    got.backward()
+    assert got.item() == pytest.approx(0, abs=1e-4 * T**2)  # the 1e-8 in the denominator
+    assert same.grad.abs().max() < 1e-4
+
+
+def test_dist_of_one_sample_correlates_its_classes_and_adds_a_constant():
+    s, t, _ = batch(1, 5)
+    s.requires_grad_()
+    (expected,) = torch.autograd.grad(DIST(s, t, gamma=0), s)
+    got = DIST(s, t, gamma=3)
+    (grad,) = torch.autograd.grad(got, s)
+    assert_close(got, DIST(s, t, gamma=0) + 3)
+    assert_close(grad, expected)
+
+
+@losses([*Z_SCORED, *OVER_THE_BATCH])
+@pytest.mark.parametrize("constant", [0.0, 0.1, 100.1])
+@pytest.mark.parametrize("dtype", [torch.float32, f64], ids=str)
+def test_a_student_that_gives_all_classes_the_same_logit_gets_a_finite_gradient(loss, constant, dtype):
+    _, t, y = batch(4, 7, dtype=dtype)
+    s = torch.full_like(t, constant, requires_grad=True)
+    got = loss(s, t, target=y)
+    got.backward()
+    assert got.isfinite()
+    assert s.grad.isfinite().all()
+
+
+@losses(Z_SCORED)
+@law
+@given(tables(4, 5), tables(4, 5), st.floats(0.5, 10), st.floats(0.5, 10), st.floats(-9, 9), st.floats(-9, 9))
+def test_standardized_losses_see_neither_scale_nor_shift_of_the_logits_of_a_sample(loss, s, t, a, b, c, d):
+    y, rows = torch.tensor([0, 1, 2, 4]), torch.linspace(1, 2, 4, dtype=f64)[:, None]
+    assert_close(loss(a * rows * s + c * rows, b * t + d, target=y), loss(s, t, target=y), atol=1e-5, rtol=0)
+
+
+@losses(["SoftTarget z", "DecoupledKD z"])
+@law
+@given(tables(4, 5), tables(4, 5), st.floats(0.5, 10))
+def test_standardized_divergence_is_never_negative_and_zero_where_the_student_is_a_scaled_teacher(loss, s, t, a):
+    y = torch.tensor([0, 1, 2, 4])
+    assert loss(s, t, target=y) >= -1e-9
+    assert loss(a * t + 1, t, target=y).abs() < 1e-9
+
+
+def test_standardized_is_the_loss_of_z_scores_of_any_temperature_and_reduction():
+    s, t, y = batch(4, 5)
+    z_s, z_t = ((x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True) for x in (s, t))
+    assert_close(SoftTarget(s, t, 2, standardize=True), SoftTarget(z_s, z_t, 2), rtol=1e-6, atol=0)
+    got = DecoupledKD(s, t, 2, target=y, reduction="none", standardize=True)
+    assert_close(got, DecoupledKD(z_s, z_t, 2, target=y, reduction="none"), rtol=1e-6, atol=0)
+
+
 # Errors
 
 x23, y2 = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
 
 
-@pytest.mark.parametrize("loss", [SoftTarget, Mutual, Logits, DecoupledKD])
+@pytest.mark.parametrize("loss", [SoftTarget, Mutual, Logits, DecoupledKD, DIST])
 @pytest.mark.parametrize(
     "shape", [(2, 4), (1, 3), (3,), (2, 1), (4, 3), (2, 3, 1), (1, 2, 3)], ids=lambda shape: f"teacher {shape}"
 )
@@ -359,7 +480,7 @@ def test_unequal_shapes_are_refused_and_never_broadcast(loss, shape):
         loss(x23, torch.zeros(shape), target=y2)
 
 
-@pytest.mark.parametrize("loss", [SoftTarget, Mutual, Logits, DecoupledKD])
+@pytest.mark.parametrize("loss", [SoftTarget, Mutual, Logits, DecoupledKD, DIST])
 def test_outputs_that_are_no_tensors_are_refused(loss):
     with pytest.raises(TypeError, match=rf"{loss.__name__} .*student's output is a tuple"):
         loss((x23, x23), x23, target=y2)
@@ -367,14 +488,14 @@ def test_outputs_that_are_no_tensors_are_refused(loss):
         loss(x23, {"out": x23}, target=y2)
 
 
-@pytest.mark.parametrize("loss", [SoftTarget, DecoupledKD])
+@pytest.mark.parametrize("loss", [SoftTarget, DecoupledKD, DIST])
 @pytest.mark.parametrize("T", [0, -1.0, float("nan")])
 def test_a_temperature_that_is_not_positive_is_refused(loss, T):
     with pytest.raises(ValueError, match=rf"{loss.__name__} needs a finite temperature T > 0, got {T}"):
         loss(x23, x23, T=T, target=y2)
 
 
-@pytest.mark.parametrize("loss", [SoftTarget, Mutual, DecoupledKD])
+@pytest.mark.parametrize("loss", [SoftTarget, Mutual, DecoupledKD, DIST])
 @pytest.mark.parametrize("shape", [(2, 1), (2,), (2, 1, 4, 4)], ids=str)
 def test_fewer_than_two_classes_are_refused(loss, shape):
     with pytest.raises(ValueError, match=rf"{loss.__name__} needs .*two or more classes, got {re.escape(str(shape))}"):

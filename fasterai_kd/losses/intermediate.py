@@ -1,21 +1,21 @@
-"""Losses that compare feature maps of paired layers.
+"""Losses that compare feature maps of paired layers, position by position.
 
 `fm_s` and `fm_t` map layer names to features, the student's and the teacher's. They pair by position:
 the first with the first, and so on. The loss is the sum over the pairs.
 """
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._tensors import plain, shape_of
+from .._tensors import shape_of
+from ._logits import check_temperature, kl
+from ._pairs import Features, equal_pairs, pairs, total
+from .relations import Similarity
 
-__all__ = ["ActivationBoundaries", "Attention", "FitNet", "Similarity"]
-
-Features = Mapping[str, Tensor]
+__all__ = ["CWD", "ActivationBoundaries", "Attention", "FitNet", "Similarity"]
 
 
 def Attention(
@@ -31,24 +31,7 @@ def Attention(
     Raises ValueError for missing layers, unequal batches, 1×1 maps, or features that are not (B, C, H, W).
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, eq. 2.
     """
-    return _sum(_attention(p, *pair) for pair in _pairs("Attention", fm_s, fm_t))
-
-
-def Similarity(
-    fm_s: Features,  # student features (B, ...) by layer
-    fm_t: Features,  # teacher features (B, ...) by layer
-    pred: Tensor | None = None,  # not used
-    p: float = 2,  # norm of the rows of the similarity matrices
-    **kwargs: Any,
-) -> Tensor:
-    """Mean squared difference of the B×B similarity matrices F·Fᵀ of the flattened features, rows of unit norm.
-
-    Anything but the batch may differ: channels, resolution, rank. A batch of one sample gives 0.
-
-    Raises ValueError for missing layers or unequal batches.
-    Source: Tung & Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, section 3.
-    """
-    return _sum(F.mse_loss(_similarity(s, p), _similarity(t, p)) for _, s, t in _pairs("Similarity", fm_s, fm_t))
+    return total(_attention(p, *pair) for pair in pairs("Attention", fm_s, fm_t))
 
 
 def FitNet(
@@ -61,7 +44,7 @@ def FitNet(
     Raises ValueError for missing layers or unequal shapes.
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, eq. 3, without a regressor.
     """
-    return _sum(F.mse_loss(s, t) for _, s, t in _equal_pairs("FitNet", fm_s, fm_t))
+    return total(F.mse_loss(s, t) for _, s, t in equal_pairs("FitNet", fm_s, fm_t))
 
 
 def ActivationBoundaries(
@@ -75,7 +58,22 @@ def ActivationBoundaries(
     Raises ValueError for missing layers or unequal shapes.
     Source: Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries", AAAI 2019: the loss with margin.
     """
-    return _sum(_boundaries(s, t, m) for _, s, t in _equal_pairs("ActivationBoundaries", fm_s, fm_t))
+    return total(_boundaries(s, t, m) for _, s, t in equal_pairs("ActivationBoundaries", fm_s, fm_t))
+
+
+def CWD(
+    fm_s: Features,  # student feature maps (B, C, H, W) by layer; any number of dimensions after the channels
+    fm_t: Features,  # teacher feature maps by layer, of the same shapes
+    T: float = 4.0,  # temperature
+    **kwargs: Any,
+) -> Tensor:
+    """T² · KL(teacher ‖ student) of the softmaxes over the positions of each channel, mean over batch and channels.
+
+    Raises ValueError for missing layers, unequal shapes, features without positions, or `T` ≤ 0.
+    Source: Shu et al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021.
+    """
+    check_temperature("CWD", T)
+    return total(_channels(T, *pair) for pair in equal_pairs("CWD", fm_s, fm_t))
 
 
 def _attention(p: float, names: str, s: Tensor, t: Tensor) -> Tensor:
@@ -97,14 +95,6 @@ def _attention_map(f: Tensor, p: float) -> Tensor:
     return (f * f if p == 2 else f.abs().pow(p)).sum(1) / f.shape[1]  # the mean, cheaper in backward
 
 
-def _similarity(f: Tensor, p: float) -> Tensor:
-    f = f.flatten(1) if f.ndim > 1 else f.unsqueeze(1)
-    gram = f @ f.detach().T
-    if f.requires_grad:  # G is symmetric: the other half of its gradient is the transpose, which spares a product
-        gram = gram + gram.T - gram.detach()
-    return F.normalize(gram, p=p, dim=1)
-
-
 def _boundaries(s: Tensor, t: Tensor, m: float) -> Tensor:
     # where the student is beyond the margin the goal is the student itself: no loss, no gradient
     fixed = s.detach()
@@ -112,33 +102,10 @@ def _boundaries(s: Tensor, t: Tensor, m: float) -> Tensor:
     return F.mse_loss(s, goal)
 
 
-def _sum(losses: Iterator[Tensor]) -> Tensor:
-    total = next(losses)
-    for loss in losses:
-        total = total + loss
-    return total
-
-
-def _pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str, Tensor, Tensor]]:
-    "(names for errors, student features, teacher features) of each pair, plain and float, the teacher's detached."
-    n_s, n_t = len(fm_s or ()), len(fm_t or ())
-    if n_s == 0 or n_s != n_t:
+def _channels(T: float, names: str, s: Tensor, t: Tensor) -> Tensor:
+    if s.ndim < 3 or s.shape[2:].numel() < 2:
         raise ValueError(
-            f"{loss} compares layers in pairs, got {n_s} of the student and {n_t} of the teacher: "
-            "give activations_student and activations_teacher, e.g. from match_feature_layers"
+            f"CWD compares the positions of each channel, but {names} give {shape_of(s)}: "
+            "name layers with maps, or use Similarity"
         )
-    for (name_s, s), (name_t, t) in zip(fm_s.items(), fm_t.items(), strict=True):
-        names = f"student layer {name_s!r} and teacher layer {name_t!r}"
-        if s.shape[:1] != t.shape[:1]:
-            raise ValueError(f"{loss}: {names} give different batches, {shape_of(s)} and {shape_of(t)}")
-        yield names, plain(s), plain(t).detach()
-
-
-def _equal_pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str, Tensor, Tensor]]:
-    for names, s, t in _pairs(loss, fm_s, fm_t):
-        if s.shape != t.shape:
-            raise ValueError(
-                f"{loss} needs features of one shape, but {names} give {shape_of(s)} and {shape_of(t)}: "
-                "pair other layers, or use Attention or Similarity"
-            )
-        yield names, s, t
+    return kl(s.flatten(2).flatten(0, 1) / T, t.flatten(2).flatten(0, 1) / T).mean() * T**2

@@ -7,24 +7,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._tensors import plain, shape_of
+from ._logits import class_indices, finite, kl, logits, same_shape
 
-__all__ = ["DecoupledKD", "Logits", "Mutual", "SoftTarget"]
+__all__ = ["DIST", "DecoupledKD", "Logits", "Mutual", "SoftTarget"]
 
 
 def SoftTarget(
     pred: Tensor,  # student logits (B, C) or (B, C, ...)
     teacher_pred: Tensor,  # teacher logits, same shape
     T: float = 5,  # temperature: higher shows more of the small probabilities
+    *,
+    standardize: bool = False,  # first bring the logits of each sample to mean 0 and standard deviation 1
     **kwargs: Any,
 ) -> Tensor:
     """T² · KL(teacher ‖ student) of the softmaxes at temperature `T`, mean over the batch (and positions).
 
+    With `standardize=True` the scale of the logits no longer counts, only how the classes relate; of two
+    classes that leaves which is the larger.
+
     Raises ValueError for unequal shapes, fewer than two classes or `T` ≤ 0.
-    Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", NeurIPS workshop 2014, section 2.
+    Sources: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", NeurIPS workshop 2014, section 2;
+    for `standardize`, Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024.
     """
-    s, t = _logits("SoftTarget", pred, teacher_pred, T)
-    return _kl(s / T, t / T).mean() * T**2
+    s, t = logits("SoftTarget", pred, teacher_pred, T, standardize)
+    return kl(s / T, t / T).mean() * T**2
 
 
 def Mutual(
@@ -37,7 +43,7 @@ def Mutual(
     Raises ValueError for unequal shapes or fewer than two classes.
     Source: Zhang et al., "Deep Mutual Learning", CVPR 2018, section 3: the mimicry loss.
     """
-    return _kl(*_logits("Mutual", pred, teacher_pred)).mean()
+    return kl(*logits("Mutual", pred, teacher_pred)).mean()
 
 
 def Logits(
@@ -50,7 +56,7 @@ def Logits(
     Raises ValueError for unequal shapes.
     Source: Ba & Caruana, "Do Deep Nets Really Need to be Deep?", NeurIPS 2014, eq. 1.
     """
-    return F.mse_loss(*_same_shape("Logits", pred, teacher_pred))
+    return F.mse_loss(*same_shape("Logits", pred, teacher_pred))
 
 
 def DecoupledKD(
@@ -63,6 +69,7 @@ def DecoupledKD(
     normalize: bool = False,  # Normalized KD instead
     *,
     reduction: str = "mean",  # 'mean', or 'none' for one value a sample (B,)
+    standardize: bool = False,  # first bring the logits of each sample to mean 0 and standard deviation 1
     **kwargs: Any,
 ) -> Tensor:
     """T² · (`alpha` · TCKD + `beta` · NCKD), mean over the batch (and positions).
@@ -73,18 +80,19 @@ def DecoupledKD(
 
     Raises ValueError without `target`, for unequal shapes, a target that is not class indices, or `T` ≤ 0.
     Sources: Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, eq. 7; for `normalize`, Yang et al.,
-    "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023: NKD, less the teacher's entropy.
+    "From Knowledge Distillation to Self-Knowledge Distillation", ICCV 2023: NKD, less the teacher's entropy;
+    for `standardize`, Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024.
     """
     if target is None:
         raise ValueError("DecoupledKD needs `target`, the labels; without labels use SoftTarget")
-    s, t = _logits("DecoupledKD", pred, teacher_pred, T)
-    y = _class_indices(target, s)
+    s, t = logits("DecoupledKD", pred, teacher_pred, T, standardize)
+    y = class_indices(target, s)
     log_p_s, log_rest_s, z_s = _split_target(s / T, y)
-    log_p_t, log_rest_t, z_t = map(_finite, _split_target(t / T, y))
+    log_p_t, log_rest_t, z_t = map(finite, _split_target(t / T, y))
     q_t = z_t.scatter(1, y, -math.inf).exp()  # teacher among the other classes; 0 at the target
     nckd = (q_t * (z_t - z_s)).sum(1, keepdim=True)
     if normalize:
-        log_p1_s, log_p1_t = s.log_softmax(1).gather(1, y), _finite(t.log_softmax(1).gather(1, y))
+        log_p1_s, log_p1_t = s.log_softmax(1).gather(1, y), finite(t.log_softmax(1).gather(1, y))
         tckd = log_p1_t.exp() * (log_p1_t - log_p1_s) / T**2
     else:
         tckd = log_p_t.exp() * (log_p_t - log_p_s) + log_rest_t.exp() * (log_rest_t - log_rest_s)
@@ -96,6 +104,28 @@ def DecoupledKD(
     raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
 
 
+def DIST(
+    pred: Tensor,  # student logits (B, C) or (B, C, ...)
+    teacher_pred: Tensor,  # teacher logits, same shape
+    beta: float = 1.0,  # weight of the correlation over the classes of each sample
+    gamma: float = 1.0,  # weight of the correlation over the samples of each class
+    T: float = 1.0,  # temperature
+    **kwargs: Any,
+) -> Tensor:
+    """T² · (`beta` · (1 - correlation of rows) + `gamma` · (1 - correlation of columns)) of the softmaxes at `T`.
+
+    Rows are samples, columns classes; the means of their Pearson correlations are taken. Each position of a
+    dense output is a sample, of one table of B·positions rows. What hardly varies has correlation 0: a class
+    that no sample shows, and all columns of a single sample, which then add the constant T² · `gamma`.
+
+    Raises ValueError for unequal shapes, fewer than two classes or `T` ≤ 0.
+    Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022.
+    """
+    p_s, p_t = ((z / T).softmax(1).movedim(1, -1).flatten(0, -2) for z in logits("DIST", pred, teacher_pred, T))
+    rows, columns = (1 - _pearson(p_s, p_t, dim).mean() for dim in (1, 0))
+    return (beta * rows + gamma * columns) * T**2
+
+
 def _split_target(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "log p[y] and log(1 - p[y]) of softmax(z), and `z` shifted to log-probabilities among the other classes."
     rest = z.scatter(1, y, -math.inf).logsumexp(1, keepdim=True)
@@ -104,51 +134,6 @@ def _split_target(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return z_y - total, rest - total, z - rest
 
 
-def _kl(s: Tensor, t: Tensor) -> Tensor:
-    "KL(softmax(t) ‖ softmax(s)) over the classes (dim 1)."
-    log_s, log_t = s.log_softmax(1), _finite(t.log_softmax(1))
-    return (log_t.exp() * (log_t - log_s)).sum(1)
-
-
-def _finite(log_p: Tensor) -> Tensor:
-    "A class that the teacher rules out (logit -inf) counts 0 · log 0 = 0."
-    return log_p.clamp(min=torch.finfo(log_p.dtype).min)
-
-
-def _same_shape(loss: str, pred: Tensor, teacher_pred: Tensor) -> tuple[Tensor, Tensor]:
-    "Both as plain float tensors, the teacher's detached."
-    for who, x in (("student", pred), ("teacher", teacher_pred)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{loss} compares tensors, but the {who}'s output is a {type(x).__name__}")
-    if pred.shape != teacher_pred.shape:
-        raise ValueError(
-            f"{loss} needs outputs of one shape: the student gives {shape_of(pred)}, "
-            f"the teacher {shape_of(teacher_pred)}. Do both have the same number of classes?"
-        )
-    return plain(pred), plain(teacher_pred).detach()
-
-
-def _logits(loss: str, pred: Tensor, teacher_pred: Tensor, T: float = 1) -> tuple[Tensor, Tensor]:
-    "As `_same_shape`, for a softmax over dim 1."
-    s, t = _same_shape(loss, pred, teacher_pred)
-    if s.ndim < 2 or s.shape[1] < 2:
-        raise ValueError(
-            f"{loss} needs logits (B, C) of two or more classes, got {shape_of(s)}: "
-            "for regression or a single logit use Logits"
-        )
-    if not 0 < T < math.inf:
-        raise ValueError(f"{loss} needs a finite temperature T > 0, got {T}")
-    return s, t
-
-
-def _class_indices(target: Tensor, s: Tensor) -> Tensor:
-    "The target as an index for dim 1 of `s`."
-    if not isinstance(target, Tensor):
-        raise TypeError(f"DecoupledKD needs one tensor of labels, got a {type(target).__name__}")
-    y = plain(target)
-    if y.is_floating_point() or y.shape != s.shape[:1] + s.shape[2:]:
-        raise ValueError(
-            f"DecoupledKD needs one class index per sample for logits {shape_of(s)}, got a target "
-            f"{shape_of(y)} of {y.dtype}: for soft or multi-label targets use SoftTarget or Logits"
-        )
-    return y.long().unsqueeze(1)
+def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    a, b = (x - x.mean(dim, keepdim=True) for x in (a, b))
+    return (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)

@@ -1,0 +1,45 @@
+"What the losses on features share: pairs of layers, checked, and the sum over them."
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from .._tensors import plain, shape_of
+
+__all__ = ["Features", "equal_pairs", "pairs", "total"]
+
+Features = Mapping[str, Tensor]
+
+
+def pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str, Tensor, Tensor]]:
+    "(names for errors, student features, teacher features) of each pair, plain and float, the teacher's detached."
+    n_s, n_t = len(fm_s or ()), len(fm_t or ())
+    if n_s == 0 or n_s != n_t:
+        raise ValueError(
+            f"{loss} compares layers in pairs, got {n_s} of the student and {n_t} of the teacher: "
+            "give activations_student and activations_teacher, e.g. from match_feature_layers"
+        )
+    for (name_s, s), (name_t, t) in zip(fm_s.items(), fm_t.items(), strict=True):
+        names = f"student layer {name_s!r} and teacher layer {name_t!r}"
+        if s.shape[:1] != t.shape[:1]:
+            raise ValueError(f"{loss}: {names} give different batches, {shape_of(s)} and {shape_of(t)}")
+        yield names, plain(s), plain(t).detach()
+
+
+def equal_pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str, Tensor, Tensor]]:
+    "As `pairs`, of one shape."
+    for names, s, t in pairs(loss, fm_s, fm_t):
+        if s.shape != t.shape:
+            raise ValueError(
+                f"{loss} needs features of one shape, but {names} give {shape_of(s)} and {shape_of(t)}: "
+                "pair other layers, or use Attention or Similarity"
+            )
+        yield names, s, t
+
+
+def total(losses: Iterator[Tensor]) -> Tensor:
+    "The sum of the losses of the pairs."
+    loss = next(losses)
+    for another in losses:
+        loss = loss + another
+    return loss
