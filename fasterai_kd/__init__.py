@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from .cache import TeacherCache
 from .distillation_callback import (
     KnowledgeDistillationCallback,
     get_model_layers,
@@ -39,6 +40,7 @@ __all__ = [
     "Schedule",
     "Similarity",
     "SoftTarget",
+    "TeacherCache",
     "get_model_layers",
     "get_module_by_name",
     "match_feature_layers",

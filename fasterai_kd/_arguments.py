@@ -3,14 +3,25 @@
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from .cache import GIB, TeacherCache
 from .losses.output import Logits
 from .teacher import Ensemble, Teacher
 
-__all__ = ["check_ensemble", "check_layers", "check_schedule", "check_weights", "loss_parameters"]
+__all__ = [
+    "check_ensemble",
+    "check_layers",
+    "check_schedule",
+    "check_speed",
+    "check_weights",
+    "loss_parameters",
+    "reads_predictions",
+]
 
 
 def check_weights(weight: float, task_weight: float | None, where: str = "") -> None:
@@ -43,6 +54,33 @@ def loss_parameters(loss: Callable[..., Any]) -> dict[str, bool]:
             "Name the arguments it uses so, and add **kwargs for the others"
         ) from None
     return {name: p.default is p.empty for name, p in signature.parameters.items()}
+
+
+def reads_predictions(loss: Callable[..., Any]) -> bool:
+    "Of the teacher: yes, unless its attribute of this name says no."
+    return bool(getattr(getattr(loss, "func", loss), "reads_predictions", True))
+
+
+def check_speed(
+    teacher_dtype: torch.dtype | None,
+    cache: Any,  # True, a path or a TeacherCache
+    cache_size: float | None,
+    loss: Callable[..., Any],
+) -> TeacherCache | None:
+    "The cache that the user means."
+    if teacher_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"teacher_dtype must be torch.float32, torch.bfloat16 or torch.float16, got {teacher_dtype}")
+    if cache_size is not None and (not cache or isinstance(cache, TeacherCache)):
+        raise ValueError("cache_size is for cache=True or a path; a TeacherCache has its own size")
+    if cache is True or isinstance(cache, (str, Path)):
+        cache = TeacherCache(None if cache is True else cache, GIB if cache_size is None else cache_size)
+    if cache is None or cache is False:
+        return None
+    if not isinstance(cache, TeacherCache):
+        raise TypeError(f"cache must be True, the path of a folder or a TeacherCache, got {cache!r}")
+    if cache.packing.top_k and getattr(loss, "func", loss) is Logits:
+        raise ValueError("a cache with top_k keeps probabilities, Logits compares raw outputs: give no top_k")
+    return cache
 
 
 def check_layers(

@@ -1,13 +1,13 @@
 "Plain things out of wrapped ones: tensors for the losses, models for the hooks."
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from fastai.torch_core import get_model
 from torch import Tensor, nn
 
-__all__ = ["only_tensor", "plain", "shape_of", "unwrap"]
+__all__ = ["only_tensor", "plain", "shape_of", "tensors", "unwrap"]
 
 
 def plain(x: Any) -> Any:
@@ -34,6 +34,15 @@ def only_tensor(
             "name a layer inside it instead"
         )
     return tensors[0]
+
+
+def tensors(x: Any) -> Iterator[Tensor]:
+    "All in a nest of tuples, lists and dicts."
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (Mapping, tuple, list)):
+        for part in x.values() if isinstance(x, Mapping) else x:
+            yield from tensors(part)
 
 
 def shape_of(x: Tensor) -> str:

@@ -12,7 +12,20 @@ from torch.utils.hooks import RemovableHandle
 from ._modes import is_compiled
 from ._tensors import only_tensor, plain, unwrap
 
-__all__ = ["FeatureCapture"]
+__all__ = ["Enough", "FeatureCapture", "by_position"]
+
+
+def by_position(names: Sequence[str], features: dict[str, Tensor]) -> dict[str, Tensor]:
+    "In the order of `names`; a repeated name gets `#2`, `#3`, ..."
+    ordered: dict[str, Tensor] = {}
+    for i, name in enumerate(names):
+        n = list(names[:i]).count(name) + 1
+        ordered[name if n == 1 else f"{name}#{n}"] = plain(features[name])
+    return ordered
+
+
+class Enough(BaseException):  # not an Exception: no forward pass may catch it by accident
+    "Ends a forward pass when all layers have run."
 
 
 class FeatureCapture:
@@ -22,6 +35,9 @@ class FeatureCapture:
     output in place (`bn → relu(inplace=True)`); the feature is what the layer returned, so such an output is cloned.
     Which ones need it shows in a layer's first forward, where all are cloned: the version counter of a tensor moves
     when it is overwritten. Compiled code skips hooks: a model that is compiled runs uncompiled meanwhile.
+
+    With `may_stop` a forward pass ends, by raising `Enough`, as soon as each layer has run; not the first one, which
+    shows whether each runs just once.
     """
 
     def __init__(
@@ -34,6 +50,8 @@ class FeatureCapture:
         self._features: dict[str, Tensor] = {}
         self._outputs: dict[tuple[str, bool], tuple[Tensor, int]] = {}  # by layer and its mode, with version
         self._overwritten: dict[tuple[str, bool], bool] = {}  # likewise, once known
+        self._runs: dict[str, int] = {}  # how often each layer ran in this forward
+        self._stops, self._run_once = False, False
         self._compiled: bool | None = None  # once known
         self._stance: Any = None
 
@@ -41,9 +59,10 @@ class FeatureCapture:
         "The named layers of `model`, or of what it wraps; ValueError for a name that it does not have."
         return {name: self._find(unwrap(model), name) for name in self.names}
 
-    def start(self, model: nn.Module) -> "FeatureCapture":
+    def start(self, model: nn.Module, may_stop: bool = False) -> "FeatureCapture":
         "Hook the layers of `model`; as a context manager, until its end."
         self.stop()
+        self._stops = may_stop and self._run_once
         layers = self.layers(model)
         if layers and self._is_compiled(model):
             self._stance = torch.compiler.set_stance("force_eager")
@@ -61,18 +80,17 @@ class FeatureCapture:
         self._handles, self._stance = [], None
         self._features.clear()
         self._outputs.clear()
+        self._runs.clear()
 
     def take(self) -> dict[str, Tensor]:
         "Stop; the features by name in the order given, where a repeated name gets `#2`, `#3`, ..."
         for name in self.names:
             if name not in self._features:
                 raise RuntimeError(f"layer {name!r} of the {self.whose} did not run in the forward pass: name another")
+        self._run_once = max(self._runs.values(), default=0) == 1
         for key, (output, version) in self._outputs.items():
             self._note_overwriting(key, output._version != version)
-        features: dict[str, Tensor] = {}
-        for i, name in enumerate(self.names):
-            n = self.names[:i].count(name) + 1
-            features[name if n == 1 else f"{name}#{n}"] = plain(self._features[name])
+        features = by_position(self.names, self._features)
         self.stop()
         return features
 
@@ -94,6 +112,9 @@ class FeatureCapture:
         if not overwritten:
             self._outputs[key] = (output, output._version)
         self._features[name] = output if overwritten is False else output.clone()
+        self._runs[name] = self._runs.get(name, 0) + 1
+        if self._stops and len(self._runs) == len(set(self.names)):
+            raise Enough
 
     def _note_overwriting(self, key: tuple[str, bool], overwritten: bool) -> None:
         if overwritten and self._overwritten.get(key) is False:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,16 +12,31 @@ from fastai.learner import AvgMetric
 from fastcore.basics import detuplify, listify
 from torch import Tensor, nn
 
-from ._arguments import check_ensemble, check_layers, check_schedule, check_weights, loss_parameters
+from ._arguments import (
+    check_ensemble,
+    check_layers,
+    check_schedule,
+    check_speed,
+    check_weights,
+    loss_parameters,
+    reads_predictions,
+)
 from ._tensors import plain, unwrap
-from .capture import FeatureCapture
+from .cache import TeacherCache
 from .losses import DecoupledKD
 from .losses.matching import get_model_layers, get_module_by_name, match_feature_layers
 from .parts import LossParts
-from .teacher import Teacher, as_teacher, logits
+from .teacher import Teacher, as_teacher
+from .teacher_pass import TeacherPass
 from .watch import StudentWatch
 
-__all__ = ["KnowledgeDistillationCallback", "get_model_layers", "get_module_by_name", "match_feature_layers"]
+__all__ = [
+    "KnowledgeDistillationCallback",
+    "TeacherCache",
+    "get_model_layers",
+    "get_module_by_name",
+    "match_feature_layers",
+]
 
 
 class KnowledgeDistillationCallback(Callback):
@@ -56,6 +72,11 @@ class KnowledgeDistillationCallback(Callback):
         *,
         task_weight: float | None = None,  # weight of the task loss; None: 1 - w
         distill_valid: bool = True,  # False: validation shows the plain task loss and spares the teacher
+        fast_teacher: bool = False,  # a private copy with BatchNorm folded, in the faster memory format
+        teacher_dtype: torch.dtype | None = None,  # autocast of the teacher alone; None: as the student
+        compile_teacher: bool | dict[str, Any] = False,  # torch.compile of a private copy; or its arguments
+        cache: bool | str | Path | TeacherCache = False,  # store outputs by sample: in memory, or a folder's path
+        cache_size: float | None = None,  # of at most so many GiB; None: 4
     ):
         check_weights(weight, task_weight)
         check_schedule(schedule)
@@ -66,9 +87,12 @@ class KnowledgeDistillationCallback(Callback):
         self._loss_params = loss_parameters(loss)
         check_layers(self.activations_student, self.activations_teacher, self._loss_params)
         check_ensemble(source, loss, self.activations_teacher)
+        store = check_speed(teacher_dtype, cache, cache_size, loss)
+        self.teacher_dtype = teacher_dtype
+        self._teacher_pass = TeacherPass(self.activations_teacher, fast_teacher, compile_teacher, store)
         self._parts = LossParts()
         self._init_state()
-        self._capture_t.layers(source.model)  # do they exist?
+        self._teacher_pass.capture.layers(source.model)  # do they exist?
 
     # One batch, in the order in which things happen
 
@@ -83,6 +107,8 @@ class KnowledgeDistillationCallback(Callback):
         self._ask_teacher.refresh()
         if any(m is unwrap(self.learn.model) for m in self._ask_teacher.model.modules()):
             raise ValueError("teacher and student are the same model: train a new one, e.g. a smaller one")
+        self._ask_teacher.precision = self.teacher_dtype
+        self._teacher_pass.begin_fit(reads_predictions(self.loss))
         self._loss_params = loss_parameters(self.loss)
         self._watch.capture.layers(self.learn.model)
         if isinstance(self.loss, nn.Module):
@@ -131,6 +157,7 @@ class KnowledgeDistillationCallback(Callback):
     def after_train(self) -> None:
         "Move the epoch's losses off the device."
         _ = self.history
+        self._teacher_pass.end_epoch()
 
     def after_fit(self) -> None:
         "Forget a batch that CancelFitException ended."
@@ -146,6 +173,16 @@ class KnowledgeDistillationCallback(Callback):
     @teacher.setter
     def teacher(self, teacher: Any) -> None:
         self._ask_teacher = as_teacher(teacher)
+
+    @property
+    def cache(self) -> TeacherCache | None:
+        "The stored outputs; another callback may share them."
+        return self._teacher_pass.cache
+
+    @property
+    def teacher_report(self) -> str:
+        "What runs in the teacher's place: 'plain', or what was folded, its memory format and size."
+        return self._teacher_pass.report
 
     @property
     def history(self) -> dict[str, list[float]]:
@@ -186,12 +223,8 @@ class KnowledgeDistillationCallback(Callback):
         fm_s = self._watch.take()
         if self.training and not self._checked:
             _warn_if_fixed(fm_s)
-        with self._capture_t.start(teacher.model):
-            teacher_pred = teacher(self.xb)
-            fm_t = self._capture_t.take()
         pred = self.learn.pred
-        if isinstance(pred, Tensor):
-            teacher_pred = logits(teacher_pred)
+        teacher_pred, fm_t = self._teacher_pass(teacher, self.xb, self.training, isinstance(pred, Tensor))
         outputs = {"pred": plain(pred), "teacher_pred": plain(teacher_pred), "fm_s": fm_s, "fm_t": fm_t}
         with torch.autocast(self.learn.loss_grad.device.type, enabled=False):
             kd = self._call_loss(outputs)
@@ -225,7 +258,6 @@ class KnowledgeDistillationCallback(Callback):
         "What is not saved, and new with each fit."
         super()._init_state()
         self._watch = StudentWatch(self.activations_student)
-        self._capture_t = FeatureCapture(self.activations_teacher, "teacher")
         self._distils_with = None
         self._checked = False
 

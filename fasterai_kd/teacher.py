@@ -1,6 +1,7 @@
 "The teacher: its outputs for a batch, without a graph and without a trace."
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,19 @@ from torch import Tensor, nn
 from ._modes import evaluating
 from ._tensors import only_tensor, plain, shape_of
 
-__all__ = ["Ensemble", "Teacher", "as_teacher", "logits"]
+__all__ = ["Ensemble", "Teacher", "as_teacher", "channels_last", "device_of", "logits"]
 
 
 class Teacher:
     """Answers `teacher(xb)`: the model in evaluation mode, without a graph, on the batch's device.
 
     Afterwards its train flags are as before; parameters, BatchNorm statistics, gradients and `requires_grad` are
-    never touched.
+    never touched. `runs` may be a copy that runs in the model's place, `precision` the dtype of an autocast for it.
 
     Raises ValueError for a model without weights (on the device 'meta').
     """
+
+    precision: torch.dtype | None = None  # None: as the student
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -29,9 +32,17 @@ class Teacher:
         if any(p.is_meta for p in model.parameters()):
             raise ValueError("the teacher has no weights, it is on the device 'meta': load it first")
 
+    @property
+    def members(self) -> "list[Teacher]":
+        "Itself, or those of an ensemble."
+        return [self]
+
     def refresh(self) -> None:
         "Look at the model again: the user may have changed it."
+        self.runs: Any = self.model
+        self.channels_last = False
         self._modules = list(self.model.modules())
+        self._tensors = [*self.model.parameters(), *self.model.buffers()]
         self._param = next((p for p in self.model.parameters() if p.is_floating_point()), None)
 
     def reset(self) -> None:
@@ -48,20 +59,47 @@ class Teacher:
         "A callback that is saved, say by `learn.export()`, leaves its teacher out."
         return _no_teacher, ()
 
+    def stamp(self) -> int:
+        "Changes when a parameter or buffer is written to."
+        return sum(t._version for t in self._tensors if not t.is_inference())
+
+    def adopt(self, runs: Callable[..., Any], channels_last: bool = False) -> None:
+        "Run this in the model's place, until `refresh`."
+        self.runs, self.channels_last, self._modules = runs, channels_last, []
+
     @torch.no_grad()
     def __call__(self, xb: Sequence[Any]) -> Any:
-        with evaluating(self.model, self._modules):
-            return self.model(*self._inputs(xb))
+        inputs = self.inputs(xb)
+        with evaluating(self.model, self._modules), self._autocast(inputs):
+            return self.runs(*inputs)
 
-    def _inputs(self, xb: Sequence[Any]) -> list[Any]:
+    def inputs(self, xb: Sequence[Any]) -> list[Any]:
         "The student's inputs in the teacher's precision; moves the teacher to them."
-        inputs, p = [plain(x) for x in xb], self._param
-        device = next((x.device for x in inputs if isinstance(x, Tensor)), None)
+        inputs, p, device = [plain(x) for x in xb], self._param, device_of(xb)
         if p is None or device is None:
             return inputs
         if p.device != device:
             self.model.to(device)
-        return [x.to(p.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+        inputs = [x.to(p.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+        return [channels_last(x) for x in inputs] if self.channels_last else inputs
+
+    def _autocast(self, inputs: Sequence[Any]) -> Any:
+        device, dtype = device_of(inputs), self.precision
+        if dtype is None or device is None:
+            return nullcontext()
+        half = dtype in (torch.float16, torch.bfloat16)
+        return torch.autocast(device.type, dtype if half else None, enabled=half)
+
+
+def device_of(xb: Sequence[Any]) -> torch.device | None:
+    "Where the first tensor is."
+    return next((x.device for x in xb if isinstance(x, Tensor)), None)
+
+
+def channels_last(x: Any) -> Any:
+    "Images in this memory format; anything else as it is."
+    is_map = isinstance(x, Tensor) and x.ndim == 4
+    return x.contiguous(memory_format=torch.channels_last) if is_map else x
 
 
 def _no_teacher() -> None:
@@ -72,21 +110,29 @@ class Ensemble(Teacher):
     "Several classifiers as one: the mean of their probabilities, as log-probabilities."
 
     def __init__(self, members: Sequence[Teacher]):
-        self.members = list(members)
+        self._members = list(members)
         super().__init__(nn.ModuleList(t.model for t in members))
 
     def __call__(self, xb: Sequence[Any]) -> Tensor:
-        outputs = [plain(logits(teacher(xb))) for teacher in self.members]
+        outputs = [plain(logits(teacher(xb))) for teacher in self._members]
         if outputs[0].ndim < 2 or outputs[0].shape[1] < 2:
             raise ValueError(f"an ensemble is of classifiers (B, C), got {shape_of(outputs[0])}: give one teacher")
         return torch.stack([o.log_softmax(1) for o in outputs]).exp().mean(0).log()
 
+    @property
+    def members(self) -> list[Teacher]:
+        return self._members
+
     def refresh(self) -> None:
-        for teacher in self.members:
+        self.runs = self.model
+        for teacher in self._members:
             teacher.refresh()
 
+    def stamp(self) -> int:
+        return sum(teacher.stamp() for teacher in self._members)
+
     def reset(self) -> None:
-        for teacher in self.members:
+        for teacher in self._members:
             teacher.reset()
 
 

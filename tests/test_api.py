@@ -12,7 +12,13 @@ import fasterai_kd
 
 LOSSES = ["SoftTarget", "Logits", "Mutual", "DecoupledKD", "Attention", "Similarity", "FitNet", "ActivationBoundaries"]
 LOSSES += ["DIST", "RKD", "PKT", "CWD"]
-CALLBACK = ["KnowledgeDistillationCallback", "get_model_layers", "get_module_by_name", "match_feature_layers"]
+CALLBACK = [
+    "KnowledgeDistillationCallback",
+    "TeacherCache",
+    "get_model_layers",
+    "get_module_by_name",
+    "match_feature_layers",
+]
 SCHEDULES = ["Schedule", "one_shot", "iterative", "agp", "one_cycle", "cos", "lin", "dsd", "schedules"]
 SCHEDULES += ["sched_oneshot", "sched_iterative", "sched_agp", "sched_onecycle", "sched_dsd", "available_schedules"]
 
@@ -65,6 +71,12 @@ ARROWS = {  # who may import whom: everything else of the package is off limits
     "capture": ["_modes", "_tensors"],
     "watch": ["capture"],
     "teacher": ["_modes", "_tensors"],
+    "fast": ["_modes", "_tensors"],
+    "_fingerprint": [],
+    "_measure": [],
+    "_packing": ["_tensors"],
+    "_shelf": [],
+    "cache": ["_fingerprint", "_measure", "_packing", "_shelf", "_tensors"],
     "parts": [],
     "losses._logits": ["_tensors"],
     "losses._pairs": ["_tensors"],

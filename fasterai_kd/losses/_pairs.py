@@ -1,14 +1,23 @@
 "What the losses on features share: pairs of layers, checked, and the sum over them."
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from .._tensors import plain, shape_of
 
-__all__ = ["Features", "equal_pairs", "pairs", "total"]
+__all__ = ["Features", "equal_pairs", "features_only", "pairs", "total"]
 
 Features = Mapping[str, Tensor]
+Loss = TypeVar("Loss", bound=Callable[..., Any])
+
+
+def features_only(loss: Loss) -> Loss:
+    "Say that `loss` reads features alone, so that the teacher may stop after its last layer."
+    loss.reads_predictions = False  # type: ignore[attr-defined]
+    return loss
 
 
 def pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -27,13 +36,15 @@ def pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str, Tens
 
 
 def equal_pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str, Tensor, Tensor]]:
-    "As `pairs`, of one shape."
+    "As `pairs`, of one shape and memory format."
     for names, s, t in pairs(loss, fm_s, fm_t):
         if s.shape != t.shape:
             raise ValueError(
                 f"{loss} needs features of one shape, but {names} give {shape_of(s)} and {shape_of(t)}: "
                 "pair other layers, or use Attention or Similarity"
             )
+        if s.stride() != t.stride():  # channels_last, say: one copy is cheaper than each step across two formats
+            t = torch.empty_like(s).copy_(t)
         yield names, s, t
 
 

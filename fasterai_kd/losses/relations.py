@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._pairs import Features, pairs, total
+from ._pairs import Features, features_only, pairs, total
 
 __all__ = ["PKT", "RKD", "Similarity"]
 
 
+@features_only
 def Similarity(
     fm_s: Features,  # student features (B, ...) by layer
     fm_t: Features,  # teacher features (B, ...) by layer
@@ -33,6 +34,7 @@ def Similarity(
     return total(F.mse_loss(_similarity(s, p), _similarity(t, p)) for _, s, t in pairs("Similarity", fm_s, fm_t))
 
 
+@features_only
 def RKD(
     fm_s: Features,  # student features (B, ...) by layer
     fm_t: Features,  # teacher features (B, ...) by layer
@@ -52,6 +54,7 @@ def RKD(
     return total(_rkd(s, t, w_d, w_a) for _, s, t in pairs("RKD", fm_s, fm_t))
 
 
+@features_only
 def PKT(
     fm_s: Features,  # student features (B, ...) by layer
     fm_t: Features,  # teacher features (B, ...) by layer
