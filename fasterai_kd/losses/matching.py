@@ -1,7 +1,7 @@
 "Which layer of the student goes with which layer of the teacher."
 
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fastai.callback.hook import Hooks
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._modes import evaluating
 
-__all__ = ["LayerPairs", "get_model_layers", "get_module_by_name", "match_feature_layers"]
+__all__ = ["LayerPair", "LayerPairs", "get_model_layers", "get_module_by_name", "match_feature_layers"]
 
 _SKIPPED = (nn.ReLU, nn.ReLU6, nn.BatchNorm2d, nn.Dropout, nn.Identity)
 _Shapes = dict[str, tuple[int, ...]]
@@ -65,6 +65,16 @@ def match_feature_layers(
     return LayerPairs([by_res_s[r] for r in shared], [by_res_t[r] for r in shared], student, teacher)
 
 
+class LayerPair(NamedTuple):
+    "A row of the table; of layers named by hand only the names may be known."
+
+    student: str
+    teacher: str
+    resolution: str = ""  # "56x56", of unequal ones "56x56 <-> 28x28"
+    channels: str = ""  # "64 <-> 128"
+    fit: str = ""  # the losses that can compare them
+
+
 class LayerPairs(dict[str, list[str]]):
     "`{'student': names, 'teacher': names}`, paired by position; prints as a table."
 
@@ -72,22 +82,30 @@ class LayerPairs(dict[str, list[str]]):
         super().__init__(student=student, teacher=teacher)
         self._shapes_s, self._shapes_t = shapes_s, shapes_t
 
+    @property
+    def rows(self) -> list[LayerPair]:
+        "What the table shows; ValueError if one side is longer."
+        s, t = self["student"], self["teacher"]
+        if len(s) != len(t):
+            raise ValueError(f"layers pair by position, but the student has {len(s)} {s} and the teacher {len(t)} {t}")
+        return [self._row(*names) for names in zip(s, t, strict=True)]
+
     def __repr__(self) -> str:
         if len(self["student"]) != len(self["teacher"]):  # being edited
             return super().__repr__()
         w_s, w_t = (max([w, *map(len, self[who])]) for w, who in ((12, "student"), (16, "teacher")))
-        rows = [f"{'Student':<{w_s + 4}} {'Teacher':<{w_t}} {'resolution':<12} {'channels':<12} losses that fit"]
-        rows += [self._row(s, t, w_s, w_t) for s, t in zip(self["student"], self["teacher"], strict=True)]
-        return "\n".join(rows)
+        lines = [f"{'Student':<{w_s + 4}} {'Teacher':<{w_t}} {'resolution':<12} {'channels':<12} losses that fit"]
+        for s, t, resolution, channels, fit in self.rows:
+            lines += [f"{s:<{w_s}} <-> {t:<{w_t}} {resolution:<12} {channels:<12} {fit}".rstrip()]
+        return "\n".join(lines)
 
-    def _row(self, s: str, t: str, w_s: int, w_t: int) -> str:
-        names = f"{s:<{w_s}} <-> {t:<{w_t}}"
+    def _row(self, s: str, t: str) -> LayerPair:
         if s not in self._shapes_s or t not in self._shapes_t:  # named by hand
-            return names.rstrip()
+            return LayerPair(s, t)
         (c_s, *res_s), (c_t, *res_t) = self._shapes_s[s], self._shapes_t[t]
         sizes = ["x".join(map(str, res)) for res in ((res_s,) if res_s == res_t else (res_s, res_t))]
         fit = "all" if self._shapes_s[s] == self._shapes_t[t] else "Attention, Similarity"
-        return f"{names} {' <-> '.join(sizes):<12} {f'{c_s} <-> {c_t}':<12} {fit}"
+        return LayerPair(s, t, " <-> ".join(sizes), f"{c_s} <-> {c_t}", fit)
 
 
 def _map_shapes(model: nn.Module, sample_input: Tensor | tuple[Tensor, ...]) -> _Shapes:

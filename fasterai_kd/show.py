@@ -1,0 +1,236 @@
+"""Pictures for notebooks: `from fasterai_kd.show import *`.
+
+Each function draws in `ax`, or in a new figure, and returns the axes to go on with. Where a student or a teacher is
+expected, a `Learner` does as well; models run in evaluation mode and are left as they were.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from ._tensors import plain, shape_of
+from .distillation_callback import KnowledgeDistillationCallback
+from .losses.matching import LayerPairs
+from .probe import Layers, attention_maps, cka_matrix, layer_features, layer_names, linear_cka
+
+__all__ = [
+    "linear_cka",
+    "plot_comparison",
+    "plot_losses",
+    "plot_similarity",
+    "plot_temperature",
+    "show_attention",
+    "show_pairs",
+]
+
+COLOURS = BLUE, VERMILION, *_ = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # Okabe & Ito
+GREY, MAPS = "0.4", "viridis"
+
+
+def show_pairs(
+    pairs: LayerPairs,  # of `match_feature_layers`
+    ax: Axes | None = None,
+) -> Axes:
+    "The student's layers on the left, the teacher's on the right; a line says what fits, dashed if not every loss."
+    if not isinstance(pairs, LayerPairs):
+        raise TypeError(f"show_pairs draws what match_feature_layers returns, got {pairs!r}")
+    ax = _axes(ax, (8, 0.8 + 0.6 * len(pairs.rows)))
+    for i, (student, teacher, resolution, channels, fit) in enumerate(pairs.rows):
+        ax.plot([0, 1], [i, i], color=GREY, lw=1.5, ls="-" if fit == "all" else "--", zorder=1)
+        for x, name, ha, colour in ((0, student, "right", BLUE), (1, teacher, "left", VERMILION)):
+            box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": colour, "lw": 1.5}
+            ax.text(x, i, name, ha=ha, va="center", bbox=box)
+        if fit:
+            sizes = f"{resolution.replace('x', '×')}, {channels} channels".replace("<->", "↔")
+            ax.text(0.5, i - 0.06, sizes, ha="center", va="bottom", size="small")
+            ax.text(0.5, i + 0.06, "all losses" if fit == "all" else fit, ha="center", va="top", size="small")
+    ax.text(0, -0.6, "student", ha="right", color=BLUE, weight="bold")
+    ax.text(1, -0.6, "teacher", ha="left", color=VERMILION, weight="bold")
+    ax.set(xlim=(-0.5, 1.5), ylim=(len(pairs.rows) - 0.4, -1))
+    ax.axis("off")
+    return ax
+
+
+def show_attention(
+    x: Tensor,  # one image (C, H, W), as the models get it
+    student: Any,  # model or Learner
+    teacher: Any,  # model or Learner
+    pairs: Layers | None = None,  # layers to compare; None: those of `match_feature_layers`
+    before: Any = None,  # the student before the training, say a deepcopy of it
+    ax: Any = None,  # array of axes, a row for each pair
+) -> Any:
+    """Where layers are active, a row for each pair: the mean over channels of F², each map from 0 to its own maximum.
+
+    Returns an array of axes: rows × (image, student before, student after, teacher).
+    Raises ValueError for more than one image, and for layers that give no maps.
+    Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, section 3.1.
+    """
+    xb = plain(x)[None] if x.ndim == 3 else plain(x)
+    if xb.ndim != 4 or len(xb) != 1:
+        raise ValueError(f"show_attention takes one image (C, H, W), got {shape_of(x)}: give xb[0]")
+    names_s, names_t = layer_names(pairs, student, teacher, xb)
+    if len(names_s) != len(names_t):
+        raise ValueError(f"layers pair by position: got {names_s} of the student and {names_t} of the teacher")
+    columns = {"image": [_image(xb[0])] * len(names_s)}
+    for title, model in _students(student, before).items():
+        columns[title] = [m[0].numpy() for m in attention_maps(model, names_s, xb, "student")]
+    columns["teacher"] = [m[0].numpy() for m in attention_maps(teacher, names_t, xb, "teacher")]
+    axes = _axes(ax, (2 * len(columns) + 0.4, 2 * len(names_s) + 0.3), len(names_s), len(columns))
+    for column, (title, maps) in zip(axes.T, columns.items(), strict=True):
+        column[0].set_title(title)
+        for a, m in zip(column, maps, strict=True):
+            a.imshow(m, cmap="gray" if title == "image" else MAPS, vmin=0)
+            a.set(xticks=[], yticks=[])
+    for a, s, t in zip(axes[:, 0], names_s, names_t, strict=True):
+        a.set_ylabel(f"{s} ↔ {t}")
+    return axes
+
+
+def plot_losses(
+    kd: KnowledgeDistillationCallback,  # after a fit
+    smooth: float = 0.8,  # share of the past in the running means, drawn over the losses themselves; 0: none
+    ax: Axes | None = None,
+) -> Axes:
+    """Each part of the loss, unweighted, in each step of the last fit, and the weight on the right.
+
+    The scale is logarithmic if no loss is ≤ 0. There are gaps where the teacher did not run.
+    """
+    if not 0 <= smooth < 1:
+        raise ValueError(f"smooth must be at least 0 and below 1, got {smooth}")
+    losses = {name: np.asarray(values) for name, values in kd.history.items() if name != "weight"}
+    if not kd.history["weight"]:
+        raise ValueError("kd.history has no steps: train with cbs=kd first")
+    ax = _axes(ax, (7, 3.5))
+    for (name, values), colour in zip(losses.items(), cycle(COLOURS), strict=False):
+        label = {"task_loss": "task loss", "kd_loss": "distillation loss"}.get(name, name)
+        if smooth:
+            ax.plot(values, color=colour, alpha=0.25, lw=1)
+        ax.plot(_running_mean(values, smooth), color=colour, label=label)
+    ax.set(xlabel="step", ylabel="loss", yscale="linear" if any((v <= 0).any() for v in losses.values()) else "log")
+    right = ax.twinx()
+    right.plot(kd.history["weight"], color=GREY, ls=":", label="weight (right)")
+    right.set(ylabel="weight", ylim=(0, 1.05 * max(kd.history["weight"]) or 1))
+    lines = [*ax.get_legend_handles_labels()[0], *right.lines]
+    ax.legend(handles=lines, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(lines), frameon=False)
+    return ax
+
+
+def plot_comparison(
+    results: Mapping[str, Sequence[float]],  # name → accuracies, one for each seed
+    baseline: str | float | None = None,  # which of them is the student alone, or its accuracy
+    ax: Axes | None = None,
+) -> Axes:
+    "A point for each seed, a bar at the mean, a line at the baseline; names with mean ± standard deviation and gain."
+    accs = {name: np.asarray(values, dtype=float) for name, values in results.items()}
+    if not accs or any(a.ndim != 1 or not a.size for a in accs.values()):
+        raise ValueError(f"results must be name → accuracies over seeds, got {results}")
+    if isinstance(baseline, str) and baseline not in accs:
+        raise ValueError(f"baseline must be one of {', '.join(accs)}, or a number, got {baseline!r}")
+    base = accs[baseline].mean() if isinstance(baseline, str) else baseline
+    digits = 1 if max(a.max() for a in accs.values()) > 1 else 3  # in % or not
+    ax, labels = _axes(ax, (7, 0.9 + 0.55 * len(accs))), []
+    if base is not None:
+        ax.axvline(base, color=GREY, ls="--", lw=1, zorder=1)
+    for i, (name, a) in enumerate(accs.items()):
+        colour = GREY if name == baseline else BLUE
+        ax.plot(a, [i] * len(a), "o", color=colour, alpha=0.5, ms=8, mec="none")
+        ax.plot(a.mean(), i, "|", color=colour, ms=24, mew=2.5)
+        std = f" ± {a.std(ddof=1):.{digits}f}" if len(a) > 1 else ""
+        gain = f" ({a.mean() - base:+.{digits}f})" if base is not None and name != baseline else ""
+        labels.append(f"{name}\n{a.mean():.{digits}f}{std}{gain}")
+    ax.set(xlabel="accuracy", yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def plot_similarity(
+    student: Any,  # model or Learner
+    teacher: Any,  # model or Learner
+    xb: Tensor | tuple[Tensor, ...],  # a batch as the models get it, the larger the better
+    layers: Layers | None = None,  # {"student": names, "teacher": names}; None: those of `match_feature_layers`
+    before: Any = None,  # the student before the training, say a deepcopy of it
+    ax: Any = None,  # with `before` an array of two axes
+) -> Any:
+    "How alike each layer of the student and each of the teacher see a batch, by `linear_cka` from 0 to 1."
+    names_s, names_t = layer_names(layers, student, teacher, xb)
+    features_t, students = layer_features(teacher, names_t, xb, "teacher"), _students(student, before)
+    figsize = (1 + 0.75 * len(names_t)) * len(students), 1.2 + 0.6 * len(names_s)
+    axes = _axes(ax, figsize, *([] if before is None else [2]))
+    for a, (title, model) in zip(np.atleast_1d(axes), students.items(), strict=True):
+        cka = cka_matrix(layer_features(model, names_s, xb, "student"), features_t).numpy()
+        a.imshow(cka, cmap=MAPS, vmin=0, vmax=1, aspect="auto")
+        for (i, j), value in np.ndenumerate(cka):
+            a.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+        a.set(ylabel=title, xlabel="teacher", yticks=range(len(names_s)), yticklabels=names_s)
+        _name_ticks(a, names_t)
+    return axes
+
+
+def plot_temperature(
+    logits: Tensor,  # (C,) of one sample
+    T: Sequence[float] = (1, 2, 4, 8),  # temperatures
+    classes: Sequence[Any] | None = None,  # their names: dls.vocab
+    n: int = 10,  # how many classes to show: the most probable ones
+    ax: Axes | None = None,
+) -> Axes:
+    "The probabilities of one sample, softened by each temperature."
+    logits = plain(torch.as_tensor(logits)).detach().cpu()
+    if logits.ndim != 1 or (classes is not None and len(classes) != len(logits)):
+        given = "" if classes is None else f" and {len(classes)} classes"
+        raise ValueError(f"plot_temperature takes the logits (C,) of one sample, got {shape_of(logits)}{given}")
+    if not len(T) or min(T) <= 0:
+        raise ValueError(f"temperatures must be above 0, got {T}")
+    shown = logits.topk(min(n, len(logits))).indices.sort().values
+    names = [str(j if classes is None else classes[j]) for j in shown.tolist()]
+    ax, x, width = _axes(ax, (7, 3.2)), np.arange(len(shown)), 0.8 / len(T)
+    for i, (t, colour) in enumerate(zip(T, plt.get_cmap(MAPS)(np.linspace(0, 0.9, len(T))), strict=True)):
+        probs = (logits / t).softmax(0)[shown].numpy()
+        ax.bar(x + (i - (len(T) - 1) / 2) * width, probs, width, color=colour, label=f"T = {t:g}")
+    ax.set(xlabel="class", ylabel="probability")
+    _name_ticks(ax, names)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    return ax
+
+
+def _axes(ax: Any, figsize: tuple[float, float], *shape: int) -> Any:
+    "`ax` if given, else new axes; an array if there is a shape."
+    if ax is None:
+        fig = plt.figure(figsize=figsize, layout="constrained")
+        return fig.subplots(*(1, 1, *shape)[-2:], squeeze=False).reshape(shape)[()]
+    if np.shape(ax) != shape:
+        raise ValueError(f"ax must be {f'an array of axes of shape {shape}' if shape else 'one axes'}, got {ax!r}")
+    return np.asarray(ax) if shape else ax
+
+
+def _name_ticks(ax: Axes, names: Sequence[str]) -> None:
+    "Names along the x axis, turned if they are long."
+    turned = max(map(len, names)) > 5
+    align = "right" if turned else "center"
+    ax.set_xticks(range(len(names)), names, rotation=45 * turned, ha=align, rotation_mode="anchor")
+
+
+def _students(student: Any, before: Any) -> dict[str, Any]:
+    return {"student": student} if before is None else {"student before": before, "student after": student}
+
+
+def _image(x: Tensor) -> Any:
+    "(H, W, 3) or (H, W), from 0 to 1."
+    x = x.detach().cpu().float()
+    x = (x - x.min()) / (x.max() - x.min()).clamp(min=1e-9)
+    return (x.permute(1, 2, 0) if len(x) == 3 else x.mean(0)).numpy()
+
+
+def _running_mean(values: Any, beta: float) -> Any:
+    "Exponentially weighted, unbiased from the first step on; nan stays nan."
+    total, weight, means = 0.0, 0.0, np.full(len(values), np.nan)
+    for i in np.flatnonzero(~np.isnan(values)):
+        total, weight = beta * total + values[i], beta * weight + 1
+        means[i] = total / weight
+    return means
