@@ -9,7 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["difference", "full_precision", "is_faster", "size_of"]
+__all__ = ["Later", "difference", "full_precision", "is_faster", "size_of"]
+
+
+class Later:
+    "`bool(Later(flag))`, read when it is needed: the host does not wait for what the device was given since."
+
+    def __init__(self, flag: Tensor):
+        self._flag = flag.to("cpu", non_blocking=flag.is_cuda)
+        self._ready = torch.cuda.Event() if flag.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._ready is not None:
+            self._ready.record()
+
+    def __bool__(self) -> bool:
+        if self._ready is not None:
+            self._ready.synchronize()
+        return bool(self._flag)
 
 
 def is_faster(

@@ -21,7 +21,8 @@ from ._arguments import (
     loss_parameters,
     reads_predictions,
 )
-from ._tensors import plain, unwrap
+from ._measure import Later
+from ._tensors import plain, tensors, unwrap
 from .cache import TeacherCache
 from .losses import DecoupledKD
 from .losses.matching import get_model_layers, get_module_by_name, match_feature_layers
@@ -58,6 +59,7 @@ class KnowledgeDistillationCallback(Callback):
 
     _ask_teacher: Teacher | None
     _distils_with: Teacher | None  # in this batch
+    _is_finite: Later | None  # the distillation loss of this batch
     _checked: bool  # has a batch gone through all of it?
     order = 0  # after the task loss; before GradientAccumulation divides it and MixedPrecision leaves autocast
 
@@ -150,9 +152,14 @@ class KnowledgeDistillationCallback(Callback):
             self.learn.loss, kd = self.learn.loss_grad.clone(), kd.detach()
         self._parts.note(part, kd, self.current_weight, step=self.training)
 
+    def before_step(self) -> None:
+        "Before its gradient is used: is the teacher's part a number?"
+        self._check_teacher()
+
     def after_batch(self) -> None:
         "Forget the batch, also one that was cancelled."
         self._watch.stop()
+        self._check_teacher()
 
     def after_train(self) -> None:
         "Move the epoch's losses off the device."
@@ -230,15 +237,19 @@ class KnowledgeDistillationCallback(Callback):
             kd = self._call_loss(outputs)
         if not isinstance(kd, Tensor) or kd.ndim:
             raise TypeError(f"the distillation loss must return a scalar tensor, got {kd!r}")
-        if not torch.isfinite(kd.detach()):
-            self._check_teacher({**fm_t, "predictions": teacher_pred})
+        self._is_finite = Later(torch.isfinite(kd.detach()))
         self._checked = True
         return kd
 
-    def _check_teacher(self, outputs: dict[str, Any]) -> None:
+    def _check_teacher(self) -> None:
         "A student that diverges is TerminateOnNaNCallback's business; a teacher that does is none to learn from."
-        for name, x in outputs.items():
-            if isinstance(x, Tensor) and not torch.isfinite(x).all():
+        is_finite, self._is_finite = self._is_finite, None
+        if is_finite is None or is_finite or self._distils_with is None:
+            return
+        output, fm_t = self._teacher_pass(self._distils_with, self.xb, self.training, False)
+        for name, x in (*fm_t.items(), *(("predictions", x) for x in tensors(output))):
+            if not torch.isfinite(x).all():
+                self.learn.opt.zero_grad()
                 phase = "training" if self.training else "validation"
                 raise FloatingPointError(
                     f"the teacher gives nan or inf ({name}) in {phase} batch {self.iter} of epoch {self.epoch}: are "
@@ -258,7 +269,7 @@ class KnowledgeDistillationCallback(Callback):
         "What is not saved, and new with each fit."
         super()._init_state()
         self._watch = StudentWatch(self.activations_student)
-        self._distils_with = None
+        self._distils_with = self._is_finite = None
         self._checked = False
 
     def __setattr__(self, name: str, value: Any) -> None:
