@@ -60,8 +60,9 @@ class Teacher:
         return _no_teacher, ()
 
     def stamp(self) -> int:
-        "Changes when a parameter or buffer is written to."
-        return sum(t._version for t in self._tensors if not t.is_inference())
+        "Changes when a parameter, a buffer or a gradient (for optimizers that write to `.data`) is written to."
+        written = sum(t._version for t in self._tensors if not t.is_inference())
+        return written + sum(1 + p.grad._version for p in self.model.parameters() if p.grad is not None)
 
     def adopt(self, runs: Callable[..., Any], channels_last: bool = False) -> None:
         "Run this in the model's place, until `refresh`."

@@ -58,6 +58,7 @@ class TeacherPass:
 
     def end_epoch(self) -> None:
         "Of training."
+        self._stamp = -1  # in any case look at the weights once an epoch
         if self.cache is not None:
             self.cache.end_epoch()
 
@@ -86,13 +87,13 @@ class TeacherPass:
 
     def _look_at(self, teacher: Teacher, xb: Sequence[Any]) -> None:
         "Is it the same teacher as in the last batch, bit for bit?"
-        stamp = teacher.stamp()
+        stamp, before = teacher.stamp(), self._fingerprint
         if stamp == self._stamp:
             return
-        if self._state == "prepared":  # someone trains it during the fit
+        self._stamp, self._fingerprint = stamp, fingerprint(teacher.model)
+        if self._state == "prepared" and self._fingerprint != before:  # someone trains it during the fit
             self._state, self.report = "plain", "plain: its weights changed during the fit"
             teacher.refresh()
-        self._stamp, self._fingerprint = stamp, fingerprint(teacher.model)
         device = device_of(xb)
         kind = device.type if device is not None else "cpu"
         own, students = teacher.precision, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
