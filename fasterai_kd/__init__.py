@@ -22,6 +22,7 @@ from .losses import (
     Mutual,
     Similarity,
     SoftTarget,
+    combine,
 )
 from .schedule import Schedule
 
@@ -41,6 +42,7 @@ __all__ = [
     "Similarity",
     "SoftTarget",
     "TeacherCache",
+    "combine",
     "get_model_layers",
     "get_module_by_name",
     "match_feature_layers",

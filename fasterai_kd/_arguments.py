@@ -14,10 +14,12 @@ from .losses.output import Logits
 from .teacher import Ensemble, Teacher
 
 __all__ = [
+    "check_cache",
+    "check_dtype",
     "check_ensemble",
     "check_layers",
     "check_schedule",
-    "check_speed",
+    "check_top_k",
     "check_weights",
     "loss_parameters",
     "reads_predictions",
@@ -61,26 +63,30 @@ def reads_predictions(loss: Callable[..., Any]) -> bool:
     return bool(getattr(getattr(loss, "func", loss), "reads_predictions", True))
 
 
-def check_speed(
-    teacher_dtype: torch.dtype | None,
-    cache: Any,  # True, a path or a TeacherCache
-    cache_size: float | None,
-    loss: Callable[..., Any],
-) -> TeacherCache | None:
-    "The cache that the user means."
+def check_dtype(teacher_dtype: torch.dtype | None) -> None:
+    "One that autocast knows."
     if teacher_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"teacher_dtype must be torch.float32, torch.bfloat16 or torch.float16, got {teacher_dtype}")
-    if cache_size is not None and (not cache or isinstance(cache, TeacherCache)):
+
+
+def check_cache(
+    cache: Any,  # True, a path or a TeacherCache
+    size: float | None,
+) -> TeacherCache | None:
+    "The cache that the user means."
+    if size is not None and (not cache or isinstance(cache, TeacherCache)):
         raise ValueError("cache_size is for cache=True or a path; a TeacherCache has its own size")
-    if cache is True or isinstance(cache, (str, Path)):
-        cache = TeacherCache(None if cache is True else cache, GIB if cache_size is None else cache_size)
-    if cache is None or cache is False:
-        return None
-    if not isinstance(cache, TeacherCache):
+    if cache is None or cache is False or isinstance(cache, TeacherCache):
+        return cache or None
+    if cache is not True and not isinstance(cache, (str, Path)):
         raise TypeError(f"cache must be True, the path of a folder or a TeacherCache, got {cache!r}")
-    if cache.packing.top_k and getattr(loss, "func", loss) is Logits:
+    return TeacherCache(None if cache is True else cache, GIB if size is None else size)
+
+
+def check_top_k(cache: TeacherCache | None, losses: Sequence[Callable[..., Any]]) -> None:
+    "A cache of probabilities has no raw outputs."
+    if cache is not None and cache.packing.top_k and any(getattr(loss, "func", loss) is Logits for loss in losses):
         raise ValueError("a cache with top_k keeps probabilities, Logits compares raw outputs: give no top_k")
-    return cache
 
 
 def check_layers(
@@ -103,9 +109,9 @@ def check_layers(
         )
 
 
-def check_ensemble(source: Teacher, loss: Callable[..., Any], layers: Sequence[str]) -> None:
+def check_ensemble(source: Teacher, losses: Sequence[Callable[..., Any]], layers: Sequence[str]) -> None:
     "What an ensemble cannot give: layers, raw outputs."
     if isinstance(source, Ensemble) and layers:
         raise ValueError("an ensemble has no common layers to compare: give one teacher, or a loss on outputs")
-    if isinstance(source, Ensemble) and getattr(loss, "func", loss) is Logits:
+    if isinstance(source, Ensemble) and any(getattr(loss, "func", loss) is Logits for loss in losses):
         raise ValueError("an ensemble gives log-probabilities, Logits compares raw outputs: give one teacher")

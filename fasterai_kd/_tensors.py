@@ -1,13 +1,13 @@
 "Plain things out of wrapped ones: tensors for the losses, models for the hooks."
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from fastai.torch_core import get_model
 from torch import Tensor, nn
 
-__all__ = ["only_tensor", "plain", "shape_of", "tensors", "unwrap"]
+__all__ = ["by_position", "only_tensor", "plain", "shape_of", "tensors", "unwrap"]
 
 
 def plain(x: Any) -> Any:
@@ -43,6 +43,15 @@ def tensors(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, (Mapping, tuple, list)):
         for part in x.values() if isinstance(x, Mapping) else x:
             yield from tensors(part)
+
+
+def by_position(names: Sequence[str], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "In the order of `names`; a repeated name gets `#2`, `#3`, ..."
+    ordered: dict[str, Tensor] = {}
+    for i, name in enumerate(names):
+        n = list(names[:i]).count(name) + 1
+        ordered[name if n == 1 else f"{name}#{n}"] = plain(features[name])
+    return ordered
 
 
 def shape_of(x: Tensor) -> str:

@@ -10,18 +10,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ._modes import is_compiled
-from ._tensors import only_tensor, plain, unwrap
+from ._tensors import by_position, only_tensor, unwrap
 
-__all__ = ["Enough", "FeatureCapture", "by_position"]
-
-
-def by_position(names: Sequence[str], features: dict[str, Tensor]) -> dict[str, Tensor]:
-    "In the order of `names`; a repeated name gets `#2`, `#3`, ..."
-    ordered: dict[str, Tensor] = {}
-    for i, name in enumerate(names):
-        n = list(names[:i]).count(name) + 1
-        ordered[name if n == 1 else f"{name}#{n}"] = plain(features[name])
-    return ordered
+__all__ = ["Enough", "FeatureCapture"]
 
 
 class Enough(BaseException):  # not an Exception: no forward pass may catch it by accident

@@ -9,22 +9,23 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import AvgMetric
-from fastcore.basics import detuplify, listify
+from fastcore.basics import listify
 from torch import Tensor, nn
 
 from ._arguments import (
+    check_cache,
+    check_dtype,
     check_ensemble,
-    check_layers,
     check_schedule,
-    check_speed,
+    check_top_k,
     check_weights,
-    loss_parameters,
-    reads_predictions,
 )
 from ._measure import Later
-from ._tensors import plain, tensors, unwrap
+from ._tensors import tensors, unwrap
 from .cache import TeacherCache
-from .losses import DecoupledKD
+from .loss_call import LossCall
+from .losses._pairs import total
+from .losses.combine import CombinedLoss
 from .losses.matching import get_model_layers, get_module_by_name, match_feature_layers
 from .parts import LossParts
 from .teacher import Teacher, as_teacher
@@ -82,19 +83,16 @@ class KnowledgeDistillationCallback(Callback):
     ):
         check_weights(weight, task_weight)
         check_schedule(schedule)
-        source = self._ask_teacher = as_teacher(teacher)
+        self._ask_teacher = as_teacher(teacher)
         self.loss, self.weight, self.schedule = loss, weight, schedule
         self.task_weight, self.distill_valid, self.current_weight = task_weight, distill_valid, float(weight)
         self.activations_student, self.activations_teacher = listify(activations_student), listify(activations_teacher)
-        self._loss_params = loss_parameters(loss)
-        check_layers(self.activations_student, self.activations_teacher, self._loss_params)
-        check_ensemble(source, loss, self.activations_teacher)
-        store = check_speed(teacher_dtype, cache, cache_size, loss)
         self.teacher_dtype = teacher_dtype
-        self._teacher_pass = TeacherPass(self.activations_teacher, fast_teacher, compile_teacher, store)
         self._parts = LossParts()
+        self._teacher_pass = TeacherPass(fast_teacher, compile_teacher, check_cache(cache, cache_size))
+        check_dtype(teacher_dtype)
         self._init_state()
-        self._teacher_pass.capture.layers(source.model)  # do they exist?
+        self._look_at_loss()
 
     # One batch, in the order in which things happen
 
@@ -109,19 +107,16 @@ class KnowledgeDistillationCallback(Callback):
         self._ask_teacher.refresh()
         if any(m is unwrap(self.learn.model) for m in self._ask_teacher.model.modules()):
             raise ValueError("teacher and student are the same model: train a new one, e.g. a smaller one")
-        self._ask_teacher.precision = self.teacher_dtype
-        self._teacher_pass.begin_fit(reads_predictions(self.loss))
-        self._loss_params = loss_parameters(self.loss)
+        self._look_at_loss()
         self._watch.capture.layers(self.learn.model)
-        if isinstance(self.loss, nn.Module):
-            self.loss.to(self.dls.device)
+        self._call_loss.to(self.dls.device)
 
     def before_train(self) -> None:
         "A new fit begins a new history."
         self._reset_teacher()
         if self.train_iter:
             return
-        self._parts.reset()
+        self._parts.reset(self._part_names())
         if self._ask_teacher is None:
             warnings.warn(
                 "KnowledgeDistillationCallback was loaded from a file, without its teacher, and does nothing: "
@@ -145,12 +140,14 @@ class KnowledgeDistillationCallback(Callback):
         "Blend the distillation loss into the task loss."
         if not len(self.yb):
             return
-        kd, part = None, self.learn.loss.detach()
+        kd, part, parts = None, self.learn.loss.detach(), {}
         if self._distils_with is not None:
-            kd = self._kd_loss(self._distils_with).to(part.dtype)
+            parts = self._kd_loss(self._distils_with)
+            kd = total(iter(parts.values())).to(part.dtype)
+            self._is_finite = Later(torch.isfinite(kd.detach()))
             self.learn.loss_grad = self._blend(self.learn.loss_grad, kd)
             self.learn.loss, kd = self.learn.loss_grad.clone(), kd.detach()
-        self._parts.note(part, kd, self.current_weight, step=self.training)
+        self._parts.note(part, kd, self.current_weight, parts, step=self.training)
 
     def before_step(self) -> None:
         "Before its gradient is used: is the teacher's part a number?"
@@ -193,20 +190,30 @@ class KnowledgeDistillationCallback(Callback):
 
     @property
     def history(self) -> dict[str, list[float]]:
-        "`task_loss`, `kd_loss` and `weight` of each step of the last fit; nan where the teacher did not run."
+        """`task_loss`, `kd_loss` and `weight` of each step of the last fit; nan where the teacher did not run.
+
+        Of a combined loss also the share of each part, by name: they add up to `kd_loss`.
+        """
         return self._parts.history
 
     @property
     def metrics(self) -> list[AvgMetric]:
-        "`task_loss` and `kd_loss` as columns of the progress table: `Learner(..., metrics=[accuracy, *kd.metrics])`."
-        return self._parts.metrics
+        """Columns of the progress table: `Learner(..., metrics=[accuracy, *kd.metrics])`.
+
+        `task_loss`, `kd_loss` and the parts of a combined loss.
+        """
+        return self._parts.metrics(["task_loss", "kd_loss", *self._part_names()])
 
     # How
+
+    def _part_names(self) -> list[str]:
+        parts = self._call_loss.parts
+        return [p.name for p in parts] if isinstance(self.loss, CombinedLoss) else []
 
     def _weight_now(self) -> float:
         w, where = float(self.weight), ""
         if self.schedule is not None:
-            pct = min(self.pct_train, 1.0)  # fastai's sum may come to 1 + 1e-16
+            pct = self._pct()
             factor = getattr(self.schedule, "progress", self.schedule)(pct)
             where = f" at {pct:.0%} of the training, where the schedule gives {factor:g}"
             w = round(float(w * factor), 12)
@@ -226,20 +233,22 @@ class KnowledgeDistillationCallback(Callback):
             return self.task_weight * task + w * kd
         return torch.lerp(task, kd, w) if w else task
 
-    def _kd_loss(self, teacher: Teacher) -> Tensor:
-        fm_s = self._watch.take()
+    def _kd_loss(self, teacher: Teacher) -> dict[str, Tensor]:
+        "By part."
+        pred, fm_s = self.learn.pred, self._watch.take()
         if self.training and not self._checked:
             _warn_if_fixed(fm_s)
-        pred = self.learn.pred
         teacher_pred, fm_t = self._teacher_pass(teacher, self.xb, self.training, isinstance(pred, Tensor))
-        outputs = {"pred": plain(pred), "teacher_pred": plain(teacher_pred), "fm_s": fm_s, "fm_t": fm_t}
+        mix = getattr(self.learn.loss_func, "__self__", None)
+        mix = mix if isinstance(mix, MixHandler) and self.training else None
+        outputs = {"pred": pred, "teacher_pred": teacher_pred, "fm_s": fm_s, "fm_t": fm_t}
         with torch.autocast(self.learn.loss_grad.device.type, enabled=False):
-            kd = self._call_loss(outputs)
-        if not isinstance(kd, Tensor) or kd.ndim:
-            raise TypeError(f"the distillation loss must return a scalar tensor, got {kd!r}")
-        self._is_finite = Later(torch.isfinite(kd.detach()))
+            parts = self._call_loss(outputs, self.y, mix, self._pct())
         self._checked = True
-        return kd
+        return parts
+
+    def _pct(self) -> float:
+        return min(getattr(self, "pct_train", 1.0), 1.0)  # fastai's sum may come to 1 + 1e-16
 
     def _check_teacher(self) -> None:
         "A student that diverges is TerminateOnNaNCallback's business; a teacher that does is none to learn from."
@@ -256,19 +265,20 @@ class KnowledgeDistillationCallback(Callback):
                     "its weights sound, its precision sufficient, the inputs those it was trained on?"
                 )
 
-    def _call_loss(self, outputs: dict[str, Any]) -> Tensor:
-        mix, y = getattr(self.learn.loss_func, "__self__", None), plain(self.y)
-        if not isinstance(mix, MixHandler) or not self.training or "target" not in self._loss_params:
-            return self.loss(**outputs, target=y)
-        # MixUp and CutMix mix the loss on two labels: of each sample where we know how, else of the batch
-        each = {"reduction": "none"} if getattr(self.loss, "func", self.loss) is DecoupledKD else {}
-        kd, kd1 = (self.loss(**outputs, target=target, **each) for target in (y, plain(detuplify(mix.yb1))))
-        return torch.lerp(kd1, kd, mix.lam.to(kd.dtype)).mean()
+    def _look_at_loss(self) -> None:
+        "And at the layers that it compares: the user may have changed it."
+        call = self._call_loss = LossCall(self.loss, self.activations_student, self.activations_teacher)
+        self._watch = StudentWatch(call.student)
+        if self._ask_teacher is not None:
+            check_ensemble(self._ask_teacher, [p.loss for p in call.parts], call.teacher)
+            check_top_k(self.cache, [p.loss for p in call.parts])
+            self._ask_teacher.precision = self.teacher_dtype
+            self._teacher_pass.begin_fit(call.teacher, call.reads_predictions)
+            self._teacher_pass.capture.layers(self._ask_teacher.model)  # do they exist?
 
     def _init_state(self) -> None:
         "What is not saved, and new with each fit."
         super()._init_state()
-        self._watch = StudentWatch(self.activations_student)
         self._distils_with = self._is_finite = None
         self._checked = False
 

@@ -1,5 +1,7 @@
 "The parts of the loss: of the last batch for metrics, of every training step for the history."
 
+from collections.abc import Callable, Mapping, Sequence
+from math import nan
 from typing import Any
 
 import torch
@@ -10,56 +12,58 @@ __all__ = ["LossParts"]
 
 
 class LossParts:
-    "Keeps task and distillation loss as tensors where they are; `history` moves them off the device."
+    "Keeps task loss, distillation loss and its parts as tensors where they are; `history` moves them off the device."
 
     def __init__(self) -> None:
-        self.reset()
+        self.reset([])
 
-    def reset(self) -> None:
-        "A new fit."
+    def reset(self, names: Sequence[str]) -> None:
+        "A new fit, with these parts of the distillation loss."
         self.forget()
-        self._steps: list[tuple[Tensor, Tensor, float]] = []
-        self._history: dict[str, list[float]] = {"task_loss": [], "kd_loss": [], "weight": []}
+        self._names = list(names)
+        self._steps: list[tuple[list[Tensor], float]] = []
+        self._history: dict[str, list[float]] = {name: [] for name in ("task_loss", "kd_loss", *names, "weight")}
 
     def forget(self) -> None:
         "The end of a fit: metrics of one without the callback must not show its last batch."
-        self._last = (torch.tensor(torch.nan), torch.tensor(torch.nan))
+        self._last: dict[str, Tensor] = {}
 
     def note(
         self,
         task: Tensor,
         kd: Tensor | None,  # None: the teacher did not run, shown as nan
         weight: float,
+        parts: Mapping[str, Tensor],  # of `kd`; one that is missing is shown as 0, if `kd` is there
         step: bool,  # a training step?
     ) -> None:
         "The parts of one batch."
         if task.ndim:  # fastai asks for a loss a sample in `get_preds(with_loss=True)`
             task = task.mean()
-        kd = torch.full_like(task, torch.nan) if kd is None else kd
-        self._last = (task, kd)
+        missing = torch.full_like(task, nan if kd is None else 0.0)
+        self._last = {"task_loss": task, "kd_loss": missing if kd is None else kd}
+        self._last |= {name: parts.get(name, missing).detach() for name in self._names}
         if step:
-            self._steps.append((task, kd, weight))
+            self._steps.append((list(self._last.values()), weight))
 
     @property
     def history(self) -> dict[str, list[float]]:
-        "`task_loss`, `kd_loss` and `weight`, a value a step."
+        "`task_loss`, `kd_loss`, its parts and `weight`, a value a step."
         if self._steps:
-            task, kd, weight = zip(*self._steps, strict=True)
-            self._history["task_loss"] += torch.stack(task).tolist()
-            self._history["kd_loss"] += torch.stack(kd).tolist()
-            self._history["weight"] += weight
+            values, weights = zip(*self._steps, strict=True)
+            columns = torch.stack([torch.stack(v) for v in values], 1).tolist()
+            for name, column in zip(self._last, columns, strict=True):
+                self._history[name] += column
+            self._history["weight"] += weights
             self._steps = []
         return self._history
 
-    @property
-    def metrics(self) -> list[AvgMetric]:
-        "Means over the samples."
-        return [AvgMetric(self.task_loss), AvgMetric(self.kd_loss)]
+    def metrics(self, names: Sequence[str]) -> list[AvgMetric]:
+        "Means over the samples, of these."
+        return [AvgMetric(self._metric(name)) for name in names]
 
-    def task_loss(self, *preds_and_targets: Any) -> Tensor:
-        "Of the last batch."
-        return self._last[0]
+    def _metric(self, name: str) -> Callable[..., Tensor]:
+        def value(*preds_and_targets: Any) -> Tensor:
+            return self._last.get(name, torch.tensor(nan))
 
-    def kd_loss(self, *preds_and_targets: Any) -> Tensor:
-        "Of the last batch."
-        return self._last[1]
+        value.__name__ = name
+        return value

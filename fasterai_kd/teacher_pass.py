@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ._fingerprint import fingerprint
 from ._measure import difference, full_precision, is_faster, size_of
 from ._packing import PREDICTIONS, Outputs
-from ._tensors import plain, tensors
+from ._tensors import by_position, plain, tensors
 from .cache import TeacherCache
-from .capture import Enough, FeatureCapture, by_position
+from .capture import Enough, FeatureCapture
 from .fast import compile_with_features, fast_copy, has_hooks, private_copy, use_channels_last
 from .teacher import Teacher, device_of, logits
 
@@ -23,7 +23,7 @@ TOLERANCE = 1e-4  # of the largest value
 
 
 class TeacherPass:
-    """`teacher_pass(teacher, xb, training)` gives the teacher's output and the features of `layers`.
+    """`teacher_pass(teacher, xb, training)` gives the teacher's output and the features of its layers.
 
     Where nobody reads the output, the forward pass ends after the last layer and the output is None. With `fast` or
     `compiled`, the first training batch prepares what then runs in the teacher's place; with `cache` nothing runs for
@@ -32,21 +32,26 @@ class TeacherPass:
 
     def __init__(
         self,
-        layers: Sequence[str],  # of the teacher
         fast: bool = False,  # a copy with BatchNorm folded, in the faster memory format
         compiled: bool | Mapping[str, Any] = False,  # by torch.compile; or its arguments
         cache: TeacherCache | None = None,
     ):
-        self.layers, self.fast, self.compiled, self.cache = list(layers), fast, compiled, cache
+        self.fast, self.compiled, self.cache = fast, compiled, cache
+        self.layers: list[str] = []
         self.reads_output, self.report, self._fingerprint = True, "plain", ""
         self._prepared: tuple[str, list[tuple[Any, bool]]] | None = None  # for that fingerprint
-        self.begin_fit(True)
+        self.begin_fit([], True)
 
-    def begin_fit(self, reads_output: bool) -> None:
-        "Look at the teacher again; `reads_output`: does the loss?"
-        if reads_output != self.reads_output:
+    def begin_fit(
+        self,
+        layers: Sequence[str],  # of the teacher
+        reads_output: bool,  # does the loss?
+    ) -> None:
+        "Look at the teacher again."
+        if (list(layers), reads_output) != (self.layers, self.reads_output):
             self._prepared = None
-        self.reads_output, self._state, self._stamp, self._question = reads_output, "new", -1, ""
+        self.layers, self.reads_output = list(layers), reads_output
+        self._state, self._stamp, self._question = "new", -1, ""
         self.capture = FeatureCapture(self.layers, "teacher")
         self._may_stop: bool | None = None  # once known
         if self.cache is not None:
@@ -54,7 +59,7 @@ class TeacherPass:
 
     def __reduce__(self) -> tuple[Any, ...]:
         "Copies and files leave out what was prepared; copies share the cache."
-        return TeacherPass, (self.layers, self.fast, self.compiled, self.cache)
+        return TeacherPass, (self.fast, self.compiled, self.cache)
 
     def end_epoch(self) -> None:
         "Of training."

@@ -26,8 +26,8 @@ SCHEDULES += ["sched_oneshot", "sched_iterative", "sched_agp", "sched_onecycle",
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        ("fasterai_kd", LOSSES + CALLBACK + ["Schedule"]),
-        ("fasterai_kd.all", LOSSES + CALLBACK),
+        ("fasterai_kd", LOSSES + CALLBACK + ["Schedule", "combine"]),
+        ("fasterai_kd.all", LOSSES + CALLBACK + ["combine"]),
         ("fasterai_kd.losses", [*LOSSES, "match_feature_layers"]),
         ("fasterai_kd.losses.intermediate", ["Attention", "Similarity", "FitNet", "ActivationBoundaries", "CWD"]),
         ("fasterai_kd.distillation_callback", CALLBACK),
@@ -80,6 +80,7 @@ ARROWS = {  # who may import whom: everything else of the package is off limits
     "parts": [],
     "losses._logits": ["_tensors"],
     "losses._pairs": ["_tensors"],
+    "losses.combine": ["_tensors", "_pairs"],
     "losses.output": ["_logits"],
     "losses.intermediate": ["_logits", "_pairs", "_tensors", "relations"],
     "losses.relations": ["_pairs"],

@@ -1,5 +1,6 @@
 "The distillation losses and `match_feature_layers`, which pairs the layers that some of them compare."
 
+from .combine import combine
 from .intermediate import CWD, ActivationBoundaries, Attention, FitNet
 from .matching import get_model_layers, get_module_by_name, match_feature_layers
 from .output import DIST, DecoupledKD, Logits, Mutual, SoftTarget
@@ -18,6 +19,7 @@ __all__ = [
     "Mutual",
     "Similarity",
     "SoftTarget",
+    "combine",
     "get_model_layers",
     "get_module_by_name",
     "match_feature_layers",

@@ -55,9 +55,9 @@ def class_indices(target: Tensor, s: Tensor) -> Tensor:
     return y.long().unsqueeze(1)
 
 
-def kl(s: Tensor, t: Tensor) -> Tensor:
-    "KL(softmax(t) ‖ softmax(s)) over dim 1."
-    log_s, log_t = s.log_softmax(1), finite(t.log_softmax(1))
+def kl(s: Tensor, t: Tensor, T: float = 1) -> Tensor:
+    "KL(softmax(t / T) ‖ softmax(s / T)) over dim 1."
+    log_s, log_t = (s / T).log_softmax(1), finite((t / T).log_softmax(1))
     return (log_t.exp() * (log_t - log_s)).sum(1)
 
 

@@ -49,7 +49,7 @@ def equal_pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str
 
 
 def total(losses: Iterator[Tensor]) -> Tensor:
-    "The sum of the losses of the pairs."
+    "The sum of the losses, of pairs or parts."
     loss = next(losses)
     for another in losses:
         loss = loss + another

@@ -30,7 +30,7 @@ def SoftTarget(
     for `standardize`, Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024.
     """
     s, t = logits("SoftTarget", pred, teacher_pred, T, standardize)
-    return kl(s / T, t / T).mean() * T**2
+    return kl(s, t, T).mean() * T**2
 
 
 def Mutual(

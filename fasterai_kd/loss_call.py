@@ -1,0 +1,81 @@
+"How the callback calls the distillation loss, whole or in parts."
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from fastai.callback.mixup import MixHandler
+from fastcore.basics import detuplify
+from torch import Tensor, nn
+
+from ._arguments import check_layers, check_schedule, loss_parameters, reads_predictions
+from ._tensors import plain
+from .losses import DecoupledKD
+from .losses.combine import CombinedLoss, Part, name_of
+
+__all__ = ["LossCall"]
+
+
+class LossCall:
+    """`loss_call(outputs, y, mix, pct)`: the values of the parts by name, weighted, in float32 and outside autocast.
+
+    `student` and `teacher` are all layers that the parts compare, in pairs.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        student: Sequence[str],  # layers for parts that name none
+        teacher: Sequence[str],
+    ):
+        self.loss = loss
+        own = {"student": list(student), "teacher": list(teacher)}
+        parts = loss.parts if isinstance(loss, CombinedLoss) else [Part(name_of(loss), loss)]
+        self.parts = [replace(p, pairs=own if p.pairs is None else p.pairs) for p in parts]
+        self._params = {p.name: loss_parameters(p.loss) for p in self.parts}
+        self._checked = False
+        together: dict[tuple[str, str], None] = {}
+        for p in self.parts:
+            pairs = p.pairs or own
+            check_schedule(p.schedule)
+            check_layers(pairs["student"], pairs["teacher"], self._params[p.name])
+            together |= dict.fromkeys(zip(pairs["student"], pairs["teacher"], strict=True))
+        self.student, self.teacher = ([pair[side] for pair in together] for side in (0, 1))
+
+    @property
+    def reads_predictions(self) -> bool:
+        "The teacher's."
+        return any(reads_predictions(p.loss) for p in self.parts)
+
+    def to(self, device: torch.device) -> None:
+        "Losses that are modules."
+        for p in self.parts:
+            if isinstance(p.loss, nn.Module):
+                p.loss.to(device)
+
+    def __call__(
+        self,
+        outputs: dict[str, Any],  # pred, teacher_pred, fm_s and fm_t
+        y: Any,  # the target
+        mix: MixHandler | None,  # MixUp or CutMix, if it mixes the task loss of this batch
+        pct: float,  # share of the training done
+    ) -> dict[str, Tensor]:
+        outputs = {name: x if isinstance(x, dict) else plain(x) for name, x in outputs.items()}
+        weights = {p.name: p.weight_at(pct) for p in self.parts}
+        due = [p for p in self.parts if weights[p.name] or not self._checked]  # at first all, so that mistakes show
+        values = {p.name: weights[p.name] * self._value(p, outputs, plain(y), mix) for p in due}
+        self._checked = True
+        return values
+
+    def _value(self, part: Part, outputs: dict[str, Any], y: Any, mix: MixHandler | None) -> Tensor:
+        outputs = outputs | part.select(outputs["fm_s"], outputs["fm_t"])
+        if mix is None or "target" not in self._params[part.name]:
+            value = part.loss(**outputs, target=y)
+        else:  # the loss on two labels, mixed: of each sample where we know how, else of the batch
+            each = {"reduction": "none"} if getattr(part.loss, "func", part.loss) is DecoupledKD else {}
+            value, value1 = (part.loss(**outputs, target=t, **each) for t in (y, plain(detuplify(mix.yb1))))
+            value = torch.lerp(value1, value, mix.lam.to(value.dtype)).mean()
+        if not isinstance(value, Tensor) or value.ndim:
+            raise TypeError(f"the distillation loss must return a scalar tensor, got {value!r}")
+        return value

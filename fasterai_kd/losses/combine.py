@@ -1,0 +1,111 @@
+"Several losses as one."
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from .._tensors import by_position
+from ._pairs import total
+
+__all__ = ["CombinedLoss", "Part", "combine"]
+
+_RESERVED = ("task_loss", "kd_loss", "weight")
+Pairs = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Part:
+    "One loss of several."
+
+    name: str
+    loss: Callable[..., Tensor]
+    weight: float = 1.0
+    pairs: Pairs | None = None  # {"student": names, "teacher": names}; None: whatever features there are
+    schedule: Any = None  # a `Schedule` or function: share of the training done → factor on `weight`
+
+    def weight_at(self, pct: float) -> float:
+        "At this share of the training."
+        factor = 1.0 if self.schedule is None else getattr(self.schedule, "progress", self.schedule)(pct)
+        return self.weight * float(factor)
+
+    def select(self, fm_s: Mapping[str, Tensor] | None, fm_t: Mapping[str, Tensor] | None) -> dict[str, Any]:
+        "Of all features, those of its layers."
+        if self.pairs is None:
+            return {"fm_s": fm_s, "fm_t": fm_t}
+        sides = {"fm_s": (self.pairs["student"], fm_s or {}), "fm_t": (self.pairs["teacher"], fm_t or {})}
+        return {key: by_position(list(names), features) for key, (names, features) in sides.items()}
+
+
+class CombinedLoss:
+    "The sum of the parts, each with its weight; called like any loss, `parts` has them."
+
+    def __init__(self, parts: Sequence[Part]):
+        self.parts = list(parts)
+
+    def __call__(
+        self,
+        pred: Any = None,  # outputs as for any loss
+        teacher_pred: Any = None,
+        fm_s: Mapping[str, Tensor] | None = None,  # features by layer, at least of the layers that the parts name
+        fm_t: Mapping[str, Tensor] | None = None,
+        target: Any = None,
+        pct: float = 1.0,  # share of the training done, for parts with a schedule
+    ) -> Tensor:
+        outputs = {"pred": pred, "teacher_pred": teacher_pred, "target": target}
+        values = [p.weight_at(pct) * p.loss(**outputs, **p.select(fm_s, fm_t)) for p in self.parts]
+        return total(iter(values))
+
+    def __repr__(self) -> str:
+        return f"combine({', '.join(f'{p.weight:g} · {p.name}' for p in self.parts)})"
+
+
+def combine(
+    *parts: Any,  # (loss, weight), (loss, weight, pairs) or (loss, weight, pairs, schedule); or one dict of these
+) -> CombinedLoss:
+    """A weighted sum of losses that ask the teacher once: `combine((SoftTarget, 0.9), (Attention, 1000.0, pairs))`.
+
+    `pairs` are layers as from `match_feature_layers`; a part without them compares those that the callback is given.
+    Each part's share is in `kd.history` and `kd.metrics` under the name of its loss, or of its key in a dict.
+
+    Raises TypeError and ValueError for parts of another form, negative weights, lists of unequal length.
+    """
+    named = dict(parts[0]) if len(parts) == 1 and isinstance(parts[0], Mapping) else None
+    items = [(None, p) for p in parts] if named is None else list(named.items())
+    if not items:
+        raise ValueError("combine needs at least one part: (loss, weight)")
+    made: list[Part] = []
+    for name, item in items:
+        part = _as_part(name, item)
+        taken = [p.name for p in made]
+        if part.name in taken or part.name in _RESERVED:
+            if name is not None:
+                raise ValueError(f"a part cannot be called {name!r}")
+            n = next(n for n in range(2, len(taken) + 3) if f"{part.name}_{n}" not in taken)
+            part = replace(part, name=f"{part.name}_{n}")
+        made.append(part)
+    return CombinedLoss(made)
+
+
+def name_of(loss: Callable[..., Any]) -> str:
+    "As the user knows it."
+    loss = getattr(loss, "func", loss)  # of a partial
+    return getattr(loss, "__name__", type(loss).__name__)
+
+
+def _as_part(name: str | None, item: Any) -> Part:
+    item = item if isinstance(item, (tuple, list)) else (item,)
+    if not 1 <= len(item) <= 4 or not callable(item[0]):
+        form = "(loss, weight), (loss, weight, pairs) or (loss, weight, pairs, schedule)"
+        raise TypeError(f"a part of a combined loss is {form}, got {item!r}")
+    loss, weight, pairs, schedule = (*item, None, None, None)[:4]
+    if isinstance(loss, CombinedLoss):
+        raise TypeError("a part of a combined loss cannot be a combined loss: give all parts at once")
+    weight = 1.0 if weight is None else weight
+    if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise ValueError(f"the weight of {name or name_of(loss)} must be 0 or more, got {weight!r}")
+    if pairs is not None and not (isinstance(pairs, Mapping) and {"student", "teacher"} <= pairs.keys()):
+        raise TypeError(f"the pairs of {name or name_of(loss)} must be as from match_feature_layers, got {pairs!r}")
+    return Part(name or name_of(loss), loss, float(weight), pairs, schedule)
