@@ -80,7 +80,7 @@ ARROWS = {  # who may import whom: everything else of the package is off limits
     "parts": [],
     "losses._logits": ["_tensors"],
     "losses._pairs": ["_tensors"],
-    "losses.combine": ["_tensors", "_pairs"],
+    "losses.combine": ["_pairs", "_tensors"],
     "losses.output": ["_logits"],
     "losses.intermediate": ["_logits", "_pairs", "_tensors", "relations"],
     "losses.relations": ["_pairs"],
