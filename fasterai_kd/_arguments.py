@@ -26,8 +26,12 @@ __all__ = [
 ]
 
 
-def check_weights(weight: float, task_weight: float | None, where: str = "") -> None:
-    "A share of the loss, or two weights ≥ 0."
+def check_weights(weight: float | str, task_weight: float | None, where: str = "") -> None:
+    "A share of the loss, or two weights ≥ 0; or 'auto'."
+    if isinstance(weight, str):
+        if weight != "auto":
+            raise ValueError(f"weight must be a number or 'auto', got {weight!r}")
+        weight = 0.0
     top = 1 if task_weight is None else math.inf
     if not 0 <= weight <= top or weight == math.inf:
         hint = "; for a larger weight give task_weight too: the loss is then a sum" if top == 1 else ""

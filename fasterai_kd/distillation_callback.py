@@ -22,6 +22,7 @@ from ._arguments import (
 )
 from ._measure import Later
 from ._tensors import tensors, unwrap
+from .auto_weight import AutoWeight
 from .cache import TeacherCache
 from .loss_call import LossCall
 from .losses._pairs import total
@@ -70,7 +71,7 @@ class KnowledgeDistillationCallback(Callback):
         loss: Callable[..., Tensor],  # one of the losses, a `partial` of one, or your own
         activations_student: str | Sequence[str] | None = None,  # student layers to compare
         activations_teacher: str | Sequence[str] | None = None,  # teacher layers, paired with them by position
-        weight: float = 0.5,  # weight of the distillation loss
+        weight: float | str = 0.5,  # weight of the distillation loss; "auto": balance the gradients of both losses
         schedule: Any = None,  # `Schedule`, or any function: share of the training done → factor on `weight`
         *,
         task_weight: float | None = None,  # weight of the task loss; None: 1 - w
@@ -85,7 +86,7 @@ class KnowledgeDistillationCallback(Callback):
         check_schedule(schedule)
         self._ask_teacher = as_teacher(teacher)
         self.loss, self.weight, self.schedule = loss, weight, schedule
-        self.task_weight, self.distill_valid, self.current_weight = task_weight, distill_valid, float(weight)
+        self.task_weight, self.distill_valid = task_weight, distill_valid
         self.activations_student, self.activations_teacher = listify(activations_student), listify(activations_teacher)
         self.teacher_dtype = teacher_dtype
         self._parts = LossParts()
@@ -93,6 +94,7 @@ class KnowledgeDistillationCallback(Callback):
         check_dtype(teacher_dtype)
         self._init_state()
         self._look_at_loss()
+        self.current_weight = self._base_weight()
 
     # One batch, in the order in which things happen
 
@@ -144,6 +146,9 @@ class KnowledgeDistillationCallback(Callback):
         if self._distils_with is not None:
             parts = self._kd_loss(self._distils_with)
             kd = total(iter(parts.values())).to(part.dtype)
+            if self._auto is not None and self.training:
+                self._auto.measure(self.learn.loss_grad, kd, self.learn.model)
+                self.current_weight = self._weight_now()
             self._is_finite = Later(torch.isfinite(kd.detach()))
             self.learn.loss_grad = self._blend(self.learn.loss_grad, kd)
             self.learn.loss, kd = self.learn.loss_grad.clone(), kd.detach()
@@ -211,7 +216,7 @@ class KnowledgeDistillationCallback(Callback):
         return [p.name for p in parts] if isinstance(self.loss, CombinedLoss) else []
 
     def _weight_now(self) -> float:
-        w, where = float(self.weight), ""
+        w, where = self._base_weight(), ""
         if self.schedule is not None:
             pct = self._pct()
             factor = getattr(self.schedule, "progress", self.schedule)(pct)
@@ -219,6 +224,9 @@ class KnowledgeDistillationCallback(Callback):
             w = round(float(w * factor), 12)
         check_weights(w, self.task_weight, where)
         return w
+
+    def _base_weight(self) -> float:
+        return float(self.weight) if self._auto is None else self._auto.weight
 
     def _needs_teacher(self) -> bool:
         "Does this batch? The first one does, so that mistakes show early."
@@ -280,6 +288,7 @@ class KnowledgeDistillationCallback(Callback):
         "What is not saved, and new with each fit."
         super()._init_state()
         self._distils_with = self._is_finite = None
+        self._auto = AutoWeight(self.task_weight) if self.weight == "auto" else None
         self._checked = False
 
     def __setattr__(self, name: str, value: Any) -> None:
