@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from . import learner as _learner  # noqa: F401  # adds Learner.distill
 from .cache import TeacherCache
 from .distillation_callback import (
     KnowledgeDistillationCallback,

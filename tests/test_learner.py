@@ -1,0 +1,110 @@
+"`learn.distill`: what it chooses, that it says so, and that it is nothing but the callback and fit_one_cycle."
+
+import pytest
+import torch
+from conftest import CLASSES, IMAGES, Net, hooks, same, state
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from torch import nn
+
+from fasterai_kd import Attention, KnowledgeDistillationCallback, Logits, SoftTarget
+
+
+def quiet(learn):
+    learn.logger = lambda *_: None
+    return learn.remove_cb(learn.progress) if hasattr(learn, "progress") else learn
+
+
+def dls_with(targets):
+    items = list(zip(IMAGES, targets, strict=True))
+    return DataLoaders.from_dsets(
+        items[:16], items[16:], bs=4, shuffle=False, device=torch.device("cpu"), num_workers=0
+    )
+
+
+class Dense(nn.Module):
+    "Logits for each pixel."
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, CLASSES, 1)
+
+    def forward(self, x):
+        return self.head(self.body(x).relu())
+
+
+classes = torch.arange(24) % CLASSES
+pixels = (torch.arange(24 * 16 * 16) % CLASSES).view(24, 16, 16)
+several = torch.nn.functional.one_hot(classes, CLASSES).float()
+numbers = torch.randn(24, CLASSES, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("net", "targets", "loss_func", "expected", "why"),
+    [
+        (Net, classes, CrossEntropyLossFlat(), SoftTarget, "both predict the same 4 classes"),
+        (Dense, pixels, CrossEntropyLossFlat(axis=1), SoftTarget, "both predict the same 4 classes"),
+        (Net, several, BCEWithLogitsLossFlat(), Logits, "both predict the same numbers, (4, 4)"),
+        (Net, numbers, MSELossFlat(), Logits, "both predict the same numbers, (4, 4)"),
+    ],
+    ids=["classes", "segmentation", "several labels", "regression"],
+)
+def test_the_loss_is_picked_by_what_both_predict_and_it_says_why(capsys, net, targets, loss_func, expected, why):
+    learn = quiet(Learner(dls_with(targets), net(), loss_func=loss_func))
+    kd = learn.distill(net(), 1, 1e-3)
+    assert kd.loss is expected
+    assert f"distill with {expected.__name__}, since {why}" in capsys.readouterr().out
+    assert len(kd.history["kd_loss"]) == 4
+
+
+def test_where_only_features_can_be_compared_it_pairs_the_layers(capsys, make_learner):
+    learn = make_learner(Net())
+    kd = learn.distill(Net(classes=7), 1, 1e-3)
+    assert kd.loss is Attention
+    assert kd.activations_student == ["conv1", "layer1", "layer2"]
+    out = capsys.readouterr().out
+    assert "since their predictions differ, (4, 4) and (4, 7)" in out
+    assert "layer1       <-> layer1" in out
+
+
+def test_where_nothing_can_be_compared_it_says_so(make_learner):
+    other = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 7))
+    with pytest.raises(ValueError, match=r"are \(4, 4\) and \(4, 7\), and no resolution is shared"):
+        make_learner(Net()).distill(other, 1)
+
+
+def test_it_is_the_callback_with_balanced_weight_in_fit_one_cycle(make_learner, teacher):
+    a, b = make_learner(Net()), make_learner(Net())
+    b.model.load_state_dict(a.model.state_dict())
+    torch.manual_seed(0)
+    a.distill(teacher, 2, 1e-2)
+    torch.manual_seed(0)
+    b.fit_one_cycle(2, 1e-2, cbs=KnowledgeDistillationCallback(teacher, SoftTarget, weight="auto"))
+    assert same(state(a.model), state(b.model))
+
+
+def test_callbacks_and_arguments_of_fit_one_cycle_are_handed_on(make_learner, teacher):
+    seen = []
+    learn = make_learner(Net())
+    learn.distill(teacher, 1, cbs=Callback(after_batch=lambda self: seen.append(1)), pct_start=0.5)
+    assert seen
+    assert learn.recorder.hps["lr"]
+
+
+@pytest.mark.parametrize("kind", ["Learner", "list"])
+def test_the_teacher_may_be_anything_that_the_callback_takes(make_learner, teacher, kind):
+    kd = make_learner(Net()).distill(make_learner(teacher) if kind == "Learner" else [teacher, Net()], 1)
+    assert kd.loss is SoftTarget
+
+
+def test_choosing_leaves_student_and_teacher_as_they_were(make_learner, teacher):
+    learn = make_learner(Net())
+    before, teacher_before = state(learn.model), state(teacher)
+    teacher.train()
+    learn.distill(teacher, 1, lr=0.0, wd=0.0)
+    assert same(teacher_before, state(teacher))
+    assert teacher.training
+    assert hooks(teacher) == hooks(learn.model) == 0
+    assert torch.equal(before["conv1.weight"], learn.model.conv1.weight)
