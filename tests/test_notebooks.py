@@ -10,6 +10,7 @@ from pets import make_pets_home
 NBS = sorted((Path(__file__).parent.parent / "nbs").glob("*.ipynb"))
 FAST = {  # set after the cell tagged "parameters"
     "01_quickstart": "epochs, seeds = 1, 1",
+    "06_faster": "epochs, n_images = 2, 200",
     "02_losses_guide": """
 size, n_images, bs, num_workers = 64, 40, 8, 0
 epochs = teacher_epochs = 1
