@@ -263,7 +263,8 @@ class KnowledgeDistillationCallback(Callback):
         is_finite, self._is_finite = self._is_finite, None
         if is_finite is None or is_finite or self._distils_with is None:
             return
-        output, fm_t = self._teacher_pass(self._distils_with, self.xb, self.training, False)
+        one_tensor = isinstance(self.learn.pred, Tensor)
+        output, fm_t = self._teacher_pass(self._distils_with, self.xb, self.training, one_tensor)
         for name, x in (*fm_t.items(), *(("predictions", x) for x in tensors(output))):
             if not torch.isfinite(x).all():
                 self.learn.opt.zero_grad()
