@@ -107,7 +107,13 @@ class KnowledgeDistillationCallback(Callback):
         self._ask_teacher.refresh()
         if any(m is unwrap(self.learn.model) for m in self._ask_teacher.model.modules()):
             raise ValueError("teacher and student are the same model: train a new one, e.g. a smaller one")
-        self._ask_teacher.precision = self.teacher_dtype
+        if self.cache is not None and self._ask_teacher.keeps_state():
+            raise ValueError(
+                "the teacher has a method `reset`, so it is recurrent and keeps a state from batch to batch: its "
+                "outputs cannot be stored by sample, use no cache"
+            )
+        for teacher in (self._ask_teacher, *self._ask_teacher.members):
+            teacher.precision = self.teacher_dtype
         self._teacher_pass.begin_fit(reads_predictions(self.loss))
         self._loss_params = loss_parameters(self.loss)
         self._watch.capture.layers(self.learn.model)
