@@ -19,7 +19,7 @@ __all__ = [
     "check_ensemble",
     "check_layers",
     "check_schedule",
-    "check_top_k",
+    "check_stored",
     "check_weights",
     "loss_parameters",
     "reads_predictions",
@@ -78,18 +78,26 @@ def check_cache(
     size: float | None,
 ) -> TeacherCache | None:
     "The cache that the user means."
-    if size is not None and (not cache or isinstance(cache, TeacherCache)):
+    off = cache is None or cache is False
+    if size is not None and (off or isinstance(cache, TeacherCache)):
         raise ValueError("cache_size is for cache=True or a path; a TeacherCache has its own size")
-    if cache is None or cache is False or isinstance(cache, TeacherCache):
-        return cache or None
+    if isinstance(cache, TeacherCache) or off:
+        return None if off else cache
     if cache is not True and not isinstance(cache, (str, Path)):
         raise TypeError(f"cache must be True, the path of a folder or a TeacherCache, got {cache!r}")
     return TeacherCache(None if cache is True else cache, GIB if size is None else size)
 
 
-def check_top_k(cache: TeacherCache | None, losses: Sequence[Callable[..., Any]]) -> None:
-    "A cache of probabilities has no raw outputs."
-    if cache is not None and cache.packing.top_k and any(getattr(loss, "func", loss) is Logits for loss in losses):
+def check_stored(cache: TeacherCache | None, source: Teacher, losses: Sequence[Callable[..., Any]]) -> None:
+    "Can outputs of this teacher be stored by sample, and serve these losses?"
+    if cache is None:
+        return
+    if source.keeps_state():
+        raise ValueError(
+            "the teacher has a method `reset`, so it is recurrent and keeps a state from batch to batch: its outputs "
+            "cannot be stored by sample, use no cache"
+        )
+    if cache.packing.top_k and any(getattr(loss, "func", loss) is Logits for loss in losses):
         raise ValueError("a cache with top_k keeps probabilities, Logits compares raw outputs: give no top_k")
 
 

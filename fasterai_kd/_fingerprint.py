@@ -1,8 +1,10 @@
 "Keys that say whether two tensors, or two models, are the same bit for bit."
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -22,12 +24,14 @@ def content_keys(xb: Sequence[Any]) -> Tensor:
     in any order of computation, on any device, in any process. Two different samples get the same key with a
     probability of about 2⁻¹²⁸.
 
-    Raises TypeError for what is no tensor, ValueError for tensors that are not of one batch size.
+    Raises TypeError for what is no tensor, or a sparse one, ValueError for tensors that are not of one batch size.
     """
     keys: Tensor | None = None
     for i, x in enumerate(xb):
         if not isinstance(x, Tensor):
             raise TypeError(f"input {i} is no tensor but a {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise TypeError(f"input {i} is no dense tensor but {x.layout}")
         if not x.ndim or len(x) != len(xb[0]):
             raise ValueError(f"input {i} is not of the batch size of the first: {tuple(x.shape)}")
         seed = _number(f"{i} {tuple(x.shape[1:])} {x.dtype}")
@@ -39,12 +43,56 @@ def content_keys(xb: Sequence[Any]) -> Tensor:
 
 
 def fingerprint(model: nn.Module) -> str:
-    "Of the architecture as printed, and of each parameter and buffer."
-    digest = hashlib.blake2b(f"{type(model).__module__}.{type(model).__qualname__} {model!r}".encode(), digest_size=16)
+    "Of each parameter and buffer, the architecture as printed, the code of its classes and their plain attributes."
+    digest = hashlib.blake2b(repr(model).encode(), digest_size=16)
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         digest.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-        digest.update(_bytes(t.cpu()).numpy().tobytes())
+        digest.update(_digest(t))
+    for name, module in model.named_modules():
+        kind = type(module)
+        digest.update(f"{name} {kind.__module__}.{kind.__qualname__}".encode())
+        digest.update(_class_code(kind))  # type: ignore[arg-type]
+        for key in sorted(vars(module).keys() - _OF_EACH_MODULE):
+            digest.update(f"{key} {_text(vars(module)[key])}".encode())
     return digest.hexdigest()
+
+
+_OF_EACH_MODULE = vars(nn.Module()).keys()
+
+
+def _text(value: Any) -> str:
+    "Of what may change a model's outputs; objects count by their type."
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype)):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {value.dtype} {_digest(value).hex()}"
+    code = getattr(value, "__code__", None)
+    return " ".join(_code(code)) if code is not None else type(value).__qualname__
+
+
+@lru_cache(1024)
+def _class_code(kind: type) -> bytes:
+    "Of the methods that the user wrote: of the class and those it inherits from."
+    kinds = [k for k in kind.__mro__ if k not in nn.Module.__mro__ and not k.__module__.startswith("torch.nn.")]
+    functions: list[tuple[str, Callable[..., Any]]] = [item for k in kinds for item in vars(k).items()]
+    codes = [(name, f.__code__) for name, f in functions if hasattr(f, "__code__")]
+    return hashlib.blake2b("\n".join(f"{name} {' '.join(_code(c))}" for name, c in codes).encode()).digest()
+
+
+def _code(code: CodeType) -> Iterator[str]:
+    yield code.co_code.hex()
+    yield from code.co_names
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            yield from _code(const)
+        else:  # the order of a set differs from process to process
+            yield repr(sorted(map(repr, const)) if isinstance(const, frozenset) else const)
+
+
+def _digest(x: Tensor) -> bytes:
+    return hashlib.blake2b(_bytes(x.cpu()).numpy().data, digest_size=16).digest()
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -53,7 +101,9 @@ def _bytes(x: Tensor) -> Tensor:
 
 def _words(x: Tensor) -> Tensor:
     "The bytes of each sample as int64 (B, n), the last word filled up with zeros."
-    sample = _bytes(x).view(len(x), -1)
+    sample = _bytes(x).view(len(x), math.prod(x.shape[1:]) * x.element_size())
+    if not sample.numel():
+        return sample.long()
     if sample.shape[1] % 8 or sample.storage_offset() % 8:
         sample = F.pad(sample, (0, -sample.shape[1] % 8)).clone()
     return sample.view(torch.int64)

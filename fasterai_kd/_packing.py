@@ -15,6 +15,8 @@ __all__ = ["PREDICTIONS", "Outputs", "Packing"]
 
 PREDICTIONS = "final predictions"  # among layers' names: no layer's own
 
+_CUT = tuple(f"{PREDICTIONS}, {part}" for part in ("top", "classes", "rest"))
+
 Outputs = dict[str, Tensor]  # by name, each (B, ...)
 
 
@@ -37,8 +39,7 @@ class Packing:
                 parts[name] = x
         stored = {name: self._cast(name, x) for name, x in parts.items()}
         layout["parts"] = [[name, str(x.dtype).removeprefix("torch."), *x.shape[1:]] for name, x in stored.items()]
-        rows = [x.cpu().contiguous().reshape(-1).view(torch.uint8).view(len(x), -1) for x in stored.values()]
-        return json.dumps(layout), torch.cat(rows, 1).numpy()
+        return json.dumps(layout), torch.cat([_rows(x.cpu()) for x in stored.values()], 1).numpy()
 
     def unpack(self, layout: str, rows: np.ndarray, device: torch.device) -> Outputs:
         "In float32 where they were stored in half precision."
@@ -46,12 +47,12 @@ class Packing:
         for name, kind, *shape in spec["parts"]:
             dtype = getattr(torch, kind)
             size = math.prod(shape) * dtype.itemsize
-            part, data = data[:, :size], data[:, size:]
-            x = part.contiguous().view(-1).view(dtype).view(-1, *shape)
+            part, data = data[:, :size].clone(memory_format=torch.contiguous_format), data[:, size:]
+            x = part.view(-1).view(dtype).view(len(rows), *shape)  # a copy begins where any dtype may
             outputs[name] = x.float() if dtype in (torch.float16, torch.bfloat16) else x
         if "classes" in spec:
-            outputs = {PREDICTIONS: _spread(outputs, spec["classes"])} | outputs
-            del outputs["top"], outputs["classes"], outputs["rest"]
+            top, classes, rest = (outputs.pop(name) for name in _CUT)
+            outputs = {PREDICTIONS: _spread(top, classes, rest, spec["classes"])} | outputs
         return outputs
 
     def _cast(self, name: str, x: Tensor) -> Tensor:
@@ -76,9 +77,13 @@ def _cut(predictions: Tensor, k: int) -> Outputs:
     log_p = predictions.log_softmax(1)
     top, classes = log_p.topk(k, 1)
     rest = log_p.scatter(1, classes, -math.inf).logsumexp(1, keepdim=True) - math.log(log_p.shape[1] - k)
-    return {"top": top, "classes": classes.int(), "rest": rest}
+    return dict(zip(_CUT, (top, classes.int(), rest), strict=True))
 
 
-def _spread(parts: dict[str, Any], n_classes: int) -> Tensor:
-    rest = parts["rest"].expand(-1, n_classes)
-    return rest.scatter(1, parts["classes"].long(), parts["top"])
+def _spread(top: Tensor, classes: Tensor, rest: Tensor, n_classes: int) -> Tensor:
+    return rest.expand(-1, n_classes).scatter(1, classes.long(), top)
+
+
+def _rows(x: Tensor) -> Tensor:
+    "Its bytes, of each sample."
+    return x.contiguous().reshape(-1).view(torch.uint8).view(len(x), math.prod(x.shape[1:]) * x.element_size())

@@ -1,5 +1,6 @@
 "Rows of bytes with keys: kept in memory, or appended to a file that outlives an interruption."
 
+import contextlib
 import json
 import struct
 import uuid
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["FileShelf", "MemoryShelf", "open_shelves"]
+__all__ = ["FileShelf", "MemoryShelf", "bytes_in", "open_shelves"]
 
 Key = tuple[int, int]
 _MAGIC = b"fasterai_kd rows 1\n"
@@ -28,9 +29,13 @@ class MemoryShelf:
         self._rows += list(rows)
         return range(len(self._rows) - len(rows), len(self._rows))
 
-    def read(self, number: int) -> np.ndarray | None:
+    def read(self, number: int, key: Key) -> np.ndarray | None:
         "The row."
         return self._rows[number]
+
+    def exists(self) -> bool:
+        "Always."
+        return True
 
     def remove(self) -> None:
         "Forget all."
@@ -41,7 +46,7 @@ class FileShelf:
     """As MemoryShelf, in a file: a header, then records of key, checksum and row. One process writes, others may read.
 
     What an interruption leaves at the end is no whole record and not read; a row is checked when it is first read, and
-    is None if it is damaged.
+    is None if it is damaged, gone, or another key's.
     """
 
     def __init__(self, path: Path, start: int, header: dict[str, str]):
@@ -49,7 +54,7 @@ class FileShelf:
         row = ("row", np.uint8, (int(header["bytes"]),))
         self._record = np.dtype([("key", "<i8", (2,)), ("sum", "<u4"), row])
         self._records = np.empty(0, self._record)
-        self._known, self._sound = 0, set[int]()
+        self._known, self._sound = 0, set[int]()  # records; those that were checked
 
     @classmethod
     def create(cls, folder: Path, question: str, layout: str, row_bytes: int) -> "FileShelf":
@@ -70,7 +75,7 @@ class FileShelf:
             if len(numbers) < _NUMBERS.size:
                 return None
             size, checksum = _NUMBERS.unpack(numbers)
-            text = f.read(size)
+            text = f.read(min(size, 2**20))
         if len(text) < size or zlib.crc32(text) != checksum:
             return None
         header = json.loads(text)
@@ -82,47 +87,68 @@ class FileShelf:
         records = np.empty(len(rows), self._record)
         records["key"], records["row"] = keys, rows
         records["sum"] = [_checksum(record) for record in records]
-        with self.path.open("ab") as f:
+        with self.path.open("r+b") as f:  # not "ab", which would begin a file that someone deleted anew
+            f.seek(self._start + self._known * self._record.itemsize)
             f.write(records.tobytes())
-        numbers = range(self._known, self._known + len(rows))
         self._known += len(rows)
-        self._sound.update(numbers)
-        return numbers
+        return range(self._known - len(rows), self._known)
 
     def new_keys(self) -> Iterator[tuple[Key, int]]:
         "Keys and numbers of the rows that came since the last look."
         self._map()
-        for number in range(self._known, len(self._records)):
-            high, low = self._records["key"][number].tolist()
+        first, self._known = self._known, len(self._records)
+        for number, (high, low) in enumerate(self._records["key"][first:].tolist(), first):
             yield (high, low), number
-        self._known = len(self._records)
 
-    def read(self, number: int) -> np.ndarray | None:
-        "The row, or None if it is damaged."
+    def read(self, number: int, key: Key) -> np.ndarray | None:
+        "The row of this key, or None."
         if number >= len(self._records):
             self._map()
+        if number >= len(self._records):
+            return None
         record = self._records[number]
+        if tuple(record["key"].tolist()) != key:
+            return None
         if number not in self._sound:
             if _checksum(record) != record["sum"]:
                 return None
             self._sound.add(number)
         return record["row"]
 
+    def exists(self) -> bool:
+        "Or did someone delete it?"
+        return self.path.exists()
+
     def remove(self) -> None:
         "Delete the file."
         self._records = np.empty(0, self._record)
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.unlink()
 
     def _map(self) -> None:
-        count = (self.path.stat().st_size - self._start) // self._record.itemsize
-        if count > len(self._records):
-            self._records = np.memmap(self.path, self._record, "r", self._start, (count,))
+        "What is there by now; if the file was deleted, what was there before."
+        with contextlib.suppress(OSError):
+            count = (self.path.stat().st_size - self._start) // self._record.itemsize
+            if count > len(self._records):
+                self._records = np.memmap(self.path, self._record, "r", self._start, (count,))
 
 
 def open_shelves(folder: Path, question: str, known: set[Path]) -> list[FileShelf]:
-    "Those of the folder that answer the question, without the known ones."
-    found = (FileShelf.open(path, question) for path in sorted(folder.glob("*.rows")) if path not in known)
+    "Those of the folder that answer the question and can be read, without the known ones."
+    found = []
+    for path in sorted(folder.glob("*.rows")):
+        with contextlib.suppress(OSError):  # another process may delete it meanwhile
+            found.append(FileShelf.open(path, question) if path not in known else None)
     return [shelf for shelf in found if shelf is not None]
+
+
+def bytes_in(folder: Path, besides: set[Path]) -> int:
+    "Of the folder's files of rows, without some."
+    total = 0
+    for path in folder.glob("*.rows"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size if path not in besides else 0
+    return total
 
 
 def _checksum(record: np.void) -> int:

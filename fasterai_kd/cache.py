@@ -1,6 +1,7 @@
 "Stored outputs of a teacher, so that it does not run again for a sample that it has seen."
 
 import hashlib
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from ._fingerprint import content_keys
 from ._measure import difference
 from ._packing import Outputs, Packing
-from ._shelf import FileShelf, MemoryShelf, open_shelves
+from ._shelf import FileShelf, MemoryShelf, bytes_in, open_shelves
 from ._tensors import shape_of
 
 __all__ = ["GIB", "TeacherCache"]
@@ -39,8 +40,8 @@ class TeacherCache:
     Samples that random augmentation changes each epoch are never found again. After an epoch of training with hardly
     any found, the cache says so, forgets them and serves validation only.
 
-    Raises ValueError for a `top_k` or `size` that makes no sense, a path that is a file; in use, for a teacher whose
-    output for a sample depends on the rest of the batch.
+    Raises ValueError for a `top_k`, `size` or `dtype` that makes no sense, a path that is a file; in use, for a
+    teacher whose output for a sample depends on the rest of the batch or on chance.
     """
 
     def __init__(
@@ -54,13 +55,11 @@ class TeacherCache:
             raise ValueError(f"the size of the cache, in GiB, must be positive, got {size}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"top_k must be 1 or more classes, got {top_k}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be of floating point, got {dtype}")
-        self.path, self.size, self.packing = Path(path) if path else None, size, Packing(dtype, top_k)
-        if self.path is not None:
-            if self.path.exists() and not self.path.is_dir():
-                raise ValueError(f"the cache is a folder, but {self.path} is a file")
-            self.path.mkdir(parents=True, exist_ok=True)
+        if dtype not in (None, torch.float16, torch.bfloat16, torch.float32):
+            raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or torch.float32, got {dtype}")
+        self.path, self.size, self.packing = Path(path).expanduser() if path else None, size, Packing(dtype, top_k)
+        if self.path is not None and self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"the cache is a folder, but {self.path} is a file")
         self._warned: set[str] = set()
         self._turn_to("")
 
@@ -77,45 +76,43 @@ class TeacherCache:
         if training and self._off:
             return ask(xb)
         keys = self._keys(xb)
-        found = [self._read(key) for key in keys]
-        new = [i for i, row in enumerate(found) if row is None]
         if training:
             self._seen += len(keys)
-            self._found += len(keys) - len(new)
-        if not new:
-            return self._unpack(found, xb[0].device)
-        inputs = xb if len(new) == len(keys) else [x[new] for x in xb]
-        outputs = ask(inputs)
-        layout, rows = self._pack(outputs, len(new))
-        self._check_once(inputs, outputs, ask)
-        self._store([keys[i] for i in new], layout, rows, training)
-        if len(new) == len(keys):
-            return outputs
-        for i, row in zip(new, rows, strict=True):
-            found[i] = layout, row
-        same = all(row is not None and row[0] == layout for row in found)
+            self._found += sum(key in self._index for key in keys)
+        found = [self._read(key) for key in keys]
+        new = [i for i, row in enumerate(found) if row is None]
+        if new:
+            inputs = xb if len(new) == len(keys) else [x[new] for x in xb]
+            outputs = ask(inputs)
+            layout, rows = self._pack(outputs, len(new))
+            self._check_once(inputs, outputs, ask)
+            self._store([keys[i] for i in new], layout, rows, training)
+            if len(new) == len(keys):
+                return outputs
+            for i, row in zip(new, rows, strict=True):
+                found[i] = layout, row
+        same = len({row[0] for row in found if row is not None}) == 1
         return self._unpack(found, xb[0].device) if same else ask(xb)
 
     def begin_fit(self) -> None:
-        "The data may be others now: try again in training."
-        self._off = self._had_chance = False
-        self._seen: int = 0
-        self._found: int = 0
+        "The data may be others now, the disk have room: try again."
+        self._off, self._limit = False, int(min(self.size * 2**30, 2**62))
+        self._seen = self._found = self._before = 0  # samples in this epoch, those found; samples in the last one
 
     def end_epoch(self) -> None:
         "Of training: were there any hits? See also what other processes have stored."
-        hardly_any = self._found < 0.05 * self._seen
-        if self._had_chance and hardly_any and not self._off:
+        had_chance = self._before >= self._seen / 2  # a schedule may let the teacher rest in part of an epoch
+        if had_chance and self._found < 0.05 * self._seen and not self._off:
             self._off = True
             self._drop_training()
-            self._warn(
-                "off",
-                f"in this epoch {self._found} of {self._seen} samples were found in the teacher's cache, "
-                + ("which is too small: give a larger cache_size" if self._full else _AUGMENTED)
-                + ". In training it is off now, in validation it stays on",
-            )
-        self._had_chance = self._seen > 0
-        self._seen = self._found = 0
+            if self._limit:  # else the reason was given
+                self._warn(
+                    "off",
+                    f"in this epoch {self._found} of {self._seen} samples were found in the teacher's cache, "
+                    + ("which is too small: give a larger cache_size" if self._full else _AUGMENTED)
+                    + ". In training it is off now, in validation it stays on",
+                )
+        self._before, self._seen, self._found = self._seen, 0, 0
         self._look_around()
 
     def __len__(self) -> int:
@@ -143,10 +140,10 @@ class TeacherCache:
         "Another teacher: what is in memory is of no use any more."
         self._question, self._checked, self._full = question, False, False
         self._index: dict[Key, tuple[Shelf, int]] = {}
-        self._own: dict[tuple[str, bool], Shelf] = {}  # by layout, and whether rows are of training
+        self._own: dict[tuple[str, bool, int], Shelf] = {}  # by layout, whether rows are of training, and process
         self._others: list[FileShelf] = []
         self._spent: dict[Shelf, int] = {}  # bytes, of each own one
-        self._elsewhere, self._limit = 0, int(self.size * 2**30)
+        self._elsewhere = 0
         self.begin_fit()
         if question:
             self._look_around()
@@ -155,13 +152,15 @@ class TeacherCache:
         "Index what other processes, also earlier ones, have stored."
         if self.path is None:
             return
-        own = {shelf.path for shelf in self._own.values() if isinstance(shelf, FileShelf)}
-        known = own | {shelf.path for shelf in self._others}
-        self._elsewhere = sum(p.stat().st_size for p in self.path.glob("*.rows") if p not in own)
-        self._others += open_shelves(self.path, self._digest(), known)
+        own = self._own_files()
+        self._elsewhere = bytes_in(self.path, besides=own)
+        self._others += open_shelves(self.path, self._digest(), own | {shelf.path for shelf in self._others})
         for shelf in self._others:
             for key, number in shelf.new_keys():
                 self._index.setdefault(key, (shelf, number))
+
+    def _own_files(self) -> set[Path]:
+        return {shelf.path for shelf in self._own.values() if isinstance(shelf, FileShelf)}
 
     def _digest(self) -> str:
         return hashlib.blake2b(f"{self._question} {self.packing}".encode(), digest_size=16).hexdigest()
@@ -176,7 +175,7 @@ class TeacherCache:
         place = self._index.get(key)
         if place is None:
             return None
-        row = place[0].read(place[1])
+        row = place[0].read(place[1], key)
         if row is None:  # damaged
             del self._index[key]
             return None
@@ -195,28 +194,38 @@ class TeacherCache:
         return self.packing.pack(outputs)
 
     def _check_once(self, inputs: Sequence[Any], outputs: Outputs, ask: Ask) -> None:
-        "Does a sample's output depend on the others?"
-        half = len(inputs[0]) // 2
-        if self._checked or not half:
+        "Does a sample's output depend on the others, or on chance?"
+        if self._checked:
             return
-        self._checked = True
-        for name, x in ask([x[:half] for x in inputs]).items():
-            if difference(outputs[name][:half], x, floor=1e-12) > 0.02:
+        chance = _chance(inputs[0].device)
+        if len(inputs[0]) == 1:
+            inputs = [torch.cat([torch.zeros_like(x), x]) for x in inputs]
+            outputs = ask(inputs)
+        others = [x.clone() for x in inputs]
+        for x in others:
+            x[::2] = x[1]
+        again = ask(others)  # as many, so that rounding is the same
+        drawn = any(not torch.equal(a, b) for a, b in zip(chance, _chance(inputs[0].device), strict=True))
+        for name, x in again.items():
+            if drawn or difference(_finite(outputs[name][1::2]), _finite(x[1::2]), floor=1e-12) > 1e-4:
                 raise ValueError(
                     f"the teacher's {name} for a sample depend on the rest of the batch, or on chance (BatchNorm "
                     "without running statistics? dropout that never rests?): use no cache"
                 )
+        self._checked = True
 
     def _store(self, keys: list[Key], layout: str, rows: np.ndarray, training: bool) -> None:
         cost = rows.shape[1] + _OVERHEAD
+        if self.path is not None:
+            self._elsewhere = bytes_in(self.path, besides=self._own_files())
         n = min(len(rows), max(0, (self._limit - self.used) // cost))
         if n < len(rows) and not self._full:
             self._full = True
-            self._warn("full", f"the teacher's cache is full ({len(self)} samples): give a larger cache_size")
+            self._warn("full", f"the teacher's cache is full ({len(self) + n} samples): give a larger cache_size")
         if not n:
             return
         try:
-            shelf = self._own.get((layout, training)) or self._new_shelf(layout, training, rows.shape[1])
+            shelf = self._shelf(layout, training, rows.shape[1])
             numbers = shelf.append(keys[:n], rows[:n])
         except OSError as e:
             self._limit, self._full = 0, True
@@ -225,11 +234,19 @@ class TeacherCache:
         self._spent[shelf] = self._spent.get(shelf, 0) + n * cost
         self._index.update(zip(keys, ((shelf, number) for number in numbers), strict=False))
 
-    def _new_shelf(self, layout: str, training: bool, row_bytes: int) -> Shelf:
-        shelf: Shelf = MemoryShelf(layout)
-        if self.path is not None:
+    def _shelf(self, layout: str, training: bool, row_bytes: int) -> Shelf:
+        place = layout, training, os.getpid()  # a process that was forked must not write into its parent's file
+        shelf = self._own.get(place)
+        if shelf is not None and shelf.exists():
+            return shelf
+        if shelf is not None:  # someone deleted the file
+            self._spent.pop(shelf, None)
+        if self.path is None:
+            shelf = MemoryShelf(layout)
+        else:
+            self.path.mkdir(parents=True, exist_ok=True)
             shelf = FileShelf.create(self.path, self._digest(), layout, row_bytes)
-        self._own[layout, training] = shelf
+        self._own[place] = shelf
         return shelf
 
     def _drop_training(self) -> None:
@@ -244,3 +261,12 @@ class TeacherCache:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(message, stacklevel=2)
+
+
+def _chance(device: torch.device) -> list[torch.Tensor]:
+    "States of the random numbers that a teacher may draw."
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    return x.nan_to_num(0.0, 0.0, 0.0)  # nan is the callback's business

@@ -17,7 +17,7 @@ from ._arguments import (
     check_dtype,
     check_ensemble,
     check_schedule,
-    check_top_k,
+    check_stored,
     check_weights,
 )
 from ._measure import Later
@@ -280,8 +280,9 @@ class KnowledgeDistillationCallback(Callback):
         self._watch = StudentWatch(call.student)
         if self._ask_teacher is not None:
             check_ensemble(self._ask_teacher, [p.loss for p in call.parts], call.teacher)
-            check_top_k(self.cache, [p.loss for p in call.parts])
-            self._ask_teacher.precision = self.teacher_dtype
+            check_stored(self.cache, self._ask_teacher, [p.loss for p in call.parts])
+            for teacher in (self._ask_teacher, *self._ask_teacher.members):
+                teacher.precision = self.teacher_dtype
             self._teacher_pass.begin_fit(call.teacher, call.reads_predictions)
             self._teacher_pass.capture.layers(self._ask_teacher.model)  # do they exist?
 

@@ -59,10 +59,24 @@ class Teacher:
         "A callback that is saved, say by `learn.export()`, leaves its teacher out."
         return _no_teacher, ()
 
-    def stamp(self) -> int:
-        "Changes when a parameter, a buffer or a gradient (for optimizers that write to `.data`) is written to."
-        written = sum(t._version for t in self._tensors if not t.is_inference())
-        return written + sum(1 + p.grad._version for p in self.model.parameters() if p.grad is not None)
+    def keeps_state(self) -> bool:
+        "From batch to batch, as fastai's recurrent models?"
+        return any(callable(getattr(m, "reset", None)) for m in self.model.modules())
+
+    def stamp(self, closely: bool = False) -> tuple[Any, ...]:
+        """Changes when a parameter, a buffer or a gradient is written to: fastai's optimizers write to `.data`.
+
+        `closely`: also where nothing but `.data` is written to, or a tensor replaced by another.
+        """
+        versions = sum(t._version for t in self._tensors if not t.is_inference())
+        versions += sum(1 + p.grad._version for p in self.model.parameters() if p.grad is not None)
+        if not closely:
+            return (versions,)
+        now = [*self.model.parameters(), *self.model.buffers()]
+        floats = [t.detach() for t in now if t.is_floating_point() and t.numel() and t.element_size() > 1]
+        norms = torch._foreach_norm(floats) if floats else ()
+        together = torch.stack([n.double().to(floats[0].device) for n in norms]).tolist() if norms else ()
+        return versions, *map(id, now), *together
 
     def adopt(self, runs: Callable[..., Any], channels_last: bool = False) -> None:
         "Run this in the model's place, until `refresh`."
@@ -129,8 +143,8 @@ class Ensemble(Teacher):
         for teacher in self._members:
             teacher.refresh()
 
-    def stamp(self) -> int:
-        return sum(teacher.stamp() for teacher in self._members)
+    def stamp(self, closely: bool = False) -> tuple[Any, ...]:
+        return tuple(teacher.stamp(closely) for teacher in self._members)
 
     def reset(self) -> None:
         for teacher in self._members:

@@ -39,6 +39,7 @@ class TeacherPass:
         self.fast, self.compiled, self.cache = fast, compiled, cache
         self.layers: list[str] = []
         self.reads_output, self.report, self._fingerprint = True, "plain", ""
+        self._stamp: tuple[Any, ...]
         self._prepared: tuple[str, list[tuple[Any, bool]]] | None = None  # for that fingerprint
         self.begin_fit([], True)
 
@@ -51,7 +52,7 @@ class TeacherPass:
         if (list(layers), reads_output) != (self.layers, self.reads_output):
             self._prepared = None
         self.layers, self.reads_output = list(layers), reads_output
-        self._state, self._stamp, self._question = "new", -1, ""
+        self._state, self._stamp, self._changes = "new", (), False
         self.capture = FeatureCapture(self.layers, "teacher")
         self._may_stop: bool | None = None  # once known
         if self.cache is not None:
@@ -63,7 +64,7 @@ class TeacherPass:
 
     def end_epoch(self) -> None:
         "Of training."
-        self._stamp = -1  # in any case look at the weights once an epoch
+        self._stamp = (None,)  # in any case look at the weights once an epoch
         if self.cache is not None:
             self.cache.end_epoch()
 
@@ -87,23 +88,40 @@ class TeacherPass:
                 raise TypeError(f"the cache stores one tensor of predictions, not a {type(output).__name__}: use none")
             return {PREDICTIONS: output} | features
 
-        outputs = ask(xb) if self.cache is None else self.cache(xb, ask, self._question, training)
+        if self.cache is None or self._changes:
+            outputs = ask(xb)
+        else:
+            outputs = self.cache(xb, ask, self._question(teacher, xb, one_tensor), training)
         return outputs.pop(PREDICTIONS, None), outputs
 
     def _look_at(self, teacher: Teacher, xb: Sequence[Any]) -> None:
-        "Is it the same teacher as in the last batch, bit for bit?"
-        stamp, before = teacher.stamp(), self._fingerprint
+        "Is it the same teacher as in the last batch, bit for bit? If someone trains it, it runs plainly from then on."
+        if self._changes:
+            return
+        if not self._stamp:
+            for member in teacher.members:
+                member.inputs(xb)  # moves it to their device
+        before, stamp = (self._stamp, self._fingerprint), teacher.stamp(closely=self.cache is not None)
         if stamp == self._stamp:
             return
         self._stamp, self._fingerprint = stamp, fingerprint(teacher.model)
-        if self._state == "prepared" and self._fingerprint != before:  # someone trains it during the fit
-            self._state, self.report = "plain", "plain: its weights changed during the fit"
-            teacher.refresh()
+        if not before[0] or self._fingerprint == before[1]:  # the first batch; written to, or moved, but not changed
+            return
+        self._changes = True
+        if self._state == "prepared":
+            self.report = "plain: its weights changed during the fit"
+        self._state = "plain"
+        teacher.refresh()
+        if self.cache is not None:
+            warnings.warn("the teacher changed during the fit: its outputs are not stored until the next", stacklevel=2)
+
+    def _question(self, teacher: Teacher, xb: Sequence[Any], one_tensor: bool) -> str:
+        "All that the outputs depend on but the inputs."
         device = device_of(xb)
         kind = device.type if device is not None else "cpu"
         own, students = teacher.precision, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        how = (self.layers, self.reads_output, own, students, self.fast, bool(self.compiled))
-        self._question = f"{self._fingerprint} {how}"
+        how = (self.layers, self.reads_output, one_tensor, own, students, self.fast, bool(self.compiled))
+        return f"{self._fingerprint} {how}"
 
     def _ask(self, teacher: Teacher, xb: Sequence[Any], training: bool) -> tuple[Any, dict[str, Tensor]]:
         if self._may_stop is None:

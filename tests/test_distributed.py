@@ -1,4 +1,4 @@
-"Two processes train the student that one process trains with the same global batches."
+"Two processes train the student that one process trains with the same global batches, also from stored outputs."
 
 import os
 import subprocess
@@ -49,6 +49,20 @@ for loss in (SoftTarget, DecoupledKD, Attention, FitNet):
     assert calls == ["Net"] * 12, calls  # the teacher is not wrapped and runs once a batch
     assert type(learn.model) is Net and not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules())
     results[loss.__name__] = [p.detach() for p in learn.model.parameters()], list(learn.recorder.values[-1])[1:]
+
+again = []  # with one folder of stored outputs for all processes
+for fit in range(2):
+    calls.clear()
+    torch.manual_seed(0)
+    student = [Net(4) for _ in range(2)][1]  # as above
+    kd = KnowledgeDistillationCallback(teacher, loss, layers, layers, cache=f"outputs{world}")
+    learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), opt_func=sgd, wd=0., metrics=kd.metrics)
+    with contextlib.redirect_stdout(printed), learn.distrib_ctx(sync_bn=False, cpu=True):
+        learn.fit(2, 0.1, cbs=kd)
+    again.append(([p.detach() for p in learn.model.parameters()], len(calls), len(kd.cache)))
+    if world > 1:
+        torch.distributed.barrier()
+results["cached"] = again
 torch.save((results, printed.getvalue()), f"{world}-{rank}.pt")
 """
 
@@ -74,14 +88,21 @@ def launch(tmp_path, processes):
 @pytest.mark.works("many processes", "distrib_ctx: DDP on 2 processes gives the student of one process")
 def test_two_processes_train_the_student_that_one_trains(tmp_path):
     ((one, _),) = launch(tmp_path, 1)
+    del one["cached"]
     (first, printed), (second, nothing) = launch(tmp_path, 2)
     for loss, (params, values) in one.items():
         for p, a, b in zip(params, first[loss][0], second[loss][0], strict=True):
             torch.testing.assert_close(a, p)
             assert torch.equal(a, b)
         assert first[loss][1][:3] == pytest.approx(values[:3], rel=1e-4)  # valid_loss, task_loss, kd_loss over all
-    assert printed.count("valid_loss") == 4
+    assert printed.count("valid_loss") == 6
     assert "valid_loss" not in nothing  # only rank 0 prints
+    for rank in (first, second):
+        cold, warm = rank["cached"]
+        assert 0 < cold[1] < 13  # batches that a teacher saw, with one as a check
+        assert (warm[1], warm[2]) == (0, 48 - 16)  # validation is on images that are trained on
+        for params in (cold[0], warm[0]):
+            assert all(torch.equal(a, b) for a, b in zip(params, rank["FitNet"][0], strict=True))
 
 
 @pytest.mark.works("many processes", "examples/distributed.py, started by `accelerate launch`")
