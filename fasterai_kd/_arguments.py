@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,14 @@ def loss_parameters(loss: Callable[..., Any]) -> dict[str, bool]:
 
 
 def reads_predictions(loss: Callable[..., Any]) -> bool:
-    "Of the teacher: yes, unless its attribute of this name says no."
-    return bool(getattr(getattr(loss, "func", loss), "reads_predictions", True))
+    "Of the teacher: yes, unless its attribute of this name says no, and not one that functools.wraps copied."
+    own = getattr(loss, "func", loss)
+    return bool(getattr(own, "reads_predictions", True)) or hasattr(own, "__wrapped__")
 
 
 def check_speed(
     teacher_dtype: torch.dtype | None,
+    compile_teacher: Any,
     cache: Any,  # True, a path or a TeacherCache
     cache_size: float | None,
     loss: Callable[..., Any],
@@ -70,6 +72,8 @@ def check_speed(
     "The cache that the user means."
     if teacher_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"teacher_dtype must be torch.float32, torch.bfloat16 or torch.float16, got {teacher_dtype}")
+    if not isinstance(compile_teacher, (bool, Mapping)):
+        raise TypeError(f"compile_teacher must be True or a dict of torch.compile's arguments, got {compile_teacher!r}")
     if cache_size is not None and (not cache or isinstance(cache, TeacherCache)):
         raise ValueError("cache_size is for cache=True or a path; a TeacherCache has its own size")
     if cache is True or isinstance(cache, (str, Path)):

@@ -15,10 +15,12 @@ from ._tensors import only_tensor, plain, unwrap
 __all__ = ["Enough", "FeatureCapture", "by_position"]
 
 
-def by_position(names: Sequence[str], features: dict[str, Tensor]) -> dict[str, Tensor]:
+def by_position(names: Sequence[str], features: dict[str, Tensor], whose: str) -> dict[str, Tensor]:
     "In the order of `names`; a repeated name gets `#2`, `#3`, ..."
     ordered: dict[str, Tensor] = {}
     for i, name in enumerate(names):
+        if name not in features:
+            raise RuntimeError(f"layer {name!r} of the {whose} did not run in the forward pass: name another")
         n = list(names[:i]).count(name) + 1
         ordered[name if n == 1 else f"{name}#{n}"] = plain(features[name])
     return ordered
@@ -84,13 +86,10 @@ class FeatureCapture:
 
     def take(self) -> dict[str, Tensor]:
         "Stop; the features by name in the order given, where a repeated name gets `#2`, `#3`, ..."
-        for name in self.names:
-            if name not in self._features:
-                raise RuntimeError(f"layer {name!r} of the {self.whose} did not run in the forward pass: name another")
         self._run_once = max(self._runs.values(), default=0) == 1
         for key, (output, version) in self._outputs.items():
             self._note_overwriting(key, output._version != version)
-        features = by_position(self.names, self._features)
+        features = by_position(self.names, self._features, self.whose)
         self.stop()
         return features
 

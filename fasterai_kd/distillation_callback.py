@@ -87,7 +87,7 @@ class KnowledgeDistillationCallback(Callback):
         self._loss_params = loss_parameters(loss)
         check_layers(self.activations_student, self.activations_teacher, self._loss_params)
         check_ensemble(source, loss, self.activations_teacher)
-        store = check_speed(teacher_dtype, cache, cache_size, loss)
+        store = check_speed(teacher_dtype, compile_teacher, cache, cache_size, loss)
         self.teacher_dtype = teacher_dtype
         self._teacher_pass = TeacherPass(self.activations_teacher, fast_teacher, compile_teacher, store)
         self._parts = LossParts()
@@ -107,7 +107,8 @@ class KnowledgeDistillationCallback(Callback):
         self._ask_teacher.refresh()
         if any(m is unwrap(self.learn.model) for m in self._ask_teacher.model.modules()):
             raise ValueError("teacher and student are the same model: train a new one, e.g. a smaller one")
-        self._ask_teacher.precision = self.teacher_dtype
+        for teacher in (self._ask_teacher, *self._ask_teacher.members):
+            teacher.precision = self.teacher_dtype
         self._teacher_pass.begin_fit(reads_predictions(self.loss))
         self._loss_params = loss_parameters(self.loss)
         self._watch.capture.layers(self.learn.model)
