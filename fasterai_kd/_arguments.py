@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from .teacher import Ensemble, Teacher
 
 __all__ = [
     "check_cache",
-    "check_dtype",
     "check_ensemble",
     "check_layers",
     "check_schedule",
     "check_stored",
+    "check_teacher_runs",
     "check_weights",
     "loss_parameters",
     "reads_predictions",
@@ -63,14 +63,17 @@ def loss_parameters(loss: Callable[..., Any]) -> dict[str, bool]:
 
 
 def reads_predictions(loss: Callable[..., Any]) -> bool:
-    "Of the teacher: yes, unless its attribute of this name says no."
-    return bool(getattr(getattr(loss, "func", loss), "reads_predictions", True))
+    "Of the teacher: yes, unless its attribute of this name says no, and not one that functools.wraps copied."
+    own = getattr(loss, "func", loss)
+    return bool(getattr(own, "reads_predictions", True)) or hasattr(own, "__wrapped__")
 
 
-def check_dtype(teacher_dtype: torch.dtype | None) -> None:
-    "One that autocast knows."
+def check_teacher_runs(teacher_dtype: torch.dtype | None, compile_teacher: Any) -> None:
+    "A dtype that autocast knows, arguments that torch.compile may take."
     if teacher_dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"teacher_dtype must be torch.float32, torch.bfloat16 or torch.float16, got {teacher_dtype}")
+    if not isinstance(compile_teacher, (bool, Mapping)):
+        raise TypeError(f"compile_teacher must be True or a dict of torch.compile's arguments, got {compile_teacher!r}")
 
 
 def check_cache(

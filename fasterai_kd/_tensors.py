@@ -45,10 +45,12 @@ def tensors(x: Any) -> Iterator[Tensor]:
             yield from tensors(part)
 
 
-def by_position(names: Sequence[str], features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def by_position(names: Sequence[str], features: Mapping[str, Tensor], whose: str) -> dict[str, Tensor]:
     "In the order of `names`; a repeated name gets `#2`, `#3`, ..."
     ordered: dict[str, Tensor] = {}
     for i, name in enumerate(names):
+        if name not in features:
+            raise RuntimeError(f"layer {name!r} of the {whose} did not run in the forward pass: name another")
         n = list(names[:i]).count(name) + 1
         ordered[name if n == 1 else f"{name}#{n}"] = plain(features[name])
     return ordered

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ._arguments import (
     check_cache,
-    check_dtype,
     check_ensemble,
     check_schedule,
     check_stored,
+    check_teacher_runs,
     check_weights,
 )
 from ._measure import Later
@@ -84,6 +84,7 @@ class KnowledgeDistillationCallback(Callback):
     ):
         check_weights(weight, task_weight)
         check_schedule(schedule)
+        check_teacher_runs(teacher_dtype, compile_teacher)
         self._ask_teacher = as_teacher(teacher)
         self.loss, self.weight, self.schedule = loss, weight, schedule
         self.task_weight, self.distill_valid = task_weight, distill_valid
@@ -91,7 +92,6 @@ class KnowledgeDistillationCallback(Callback):
         self.teacher_dtype = teacher_dtype
         self._parts = LossParts()
         self._teacher_pass = TeacherPass(fast_teacher, compile_teacher, check_cache(cache, cache_size))
-        check_dtype(teacher_dtype)
         self._init_state()
         self._look_at_loss()
         self.current_weight = self._base_weight()

@@ -95,6 +95,7 @@ class Teacher:
             return inputs
         if p.device != device:
             self.model.to(device)
+            self._tensors = [*self.model.parameters(), *self.model.buffers()]
         inputs = [x.to(p.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
         return [channels_last(x) for x in inputs] if self.channels_last else inputs
 
@@ -136,7 +137,7 @@ class Ensemble(Teacher):
 
     @property
     def members(self) -> list[Teacher]:
-        return self._members
+        return [member for teacher in self._members for member in teacher.members]
 
     def refresh(self) -> None:
         self.runs = self.model

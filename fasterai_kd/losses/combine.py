@@ -35,8 +35,10 @@ class Part:
         "Of all features, those of its layers."
         if self.pairs is None:
             return {"fm_s": fm_s, "fm_t": fm_t}
-        sides = {"fm_s": (self.pairs["student"], fm_s or {}), "fm_t": (self.pairs["teacher"], fm_t or {})}
-        return {key: by_position(list(names), features) for key, (names, features) in sides.items()}
+        return {
+            "fm_s": by_position(self.pairs["student"], fm_s or {}, "student"),
+            "fm_t": by_position(self.pairs["teacher"], fm_t or {}, "teacher"),
+        }
 
 
 class CombinedLoss:
