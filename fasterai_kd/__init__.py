@@ -9,6 +9,8 @@ from .distillation_callback import (
     get_module_by_name,
     match_feature_layers,
 )
+from .ema import EMATeacher
+from .inputs import renormalize
 from .losses import (
     CWD,
     DIST,
@@ -34,6 +36,7 @@ __all__ = [
     "ActivationBoundaries",
     "Attention",
     "DecoupledKD",
+    "EMATeacher",
     "FitNet",
     "KnowledgeDistillationCallback",
     "Logits",
@@ -46,4 +49,5 @@ __all__ = [
     "get_model_layers",
     "get_module_by_name",
     "match_feature_layers",
+    "renormalize",
 ]

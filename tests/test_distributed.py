@@ -49,6 +49,14 @@ for loss in (SoftTarget, DecoupledKD, Attention, FitNet):
     assert calls == ["Net"] * 12, calls  # the teacher is not wrapped and runs once a batch
     assert type(learn.model) is Net and not any(m._forward_hooks or m._forward_pre_hooks for m in learn.model.modules())
     results[loss.__name__] = [p.detach() for p in learn.model.parameters()], list(learn.recorder.values[-1])[1:]
+
+torch.manual_seed(rank)  # also a student that differs between the ranks is followed as all have it
+student, kd = Net(4), KnowledgeDistillationCallback(EMATeacher(0.5), SoftTarget)
+learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), opt_func=sgd, wd=0.)
+with contextlib.redirect_stdout(io.StringIO()), learn.distrib_ctx(sync_bn=False, cpu=True):
+    learn.fit(2, 0.1, cbs=kd)
+assert type(kd.teacher) is Net
+results["EMATeacher"] = [p.detach() for p in kd.teacher.parameters()], [0, 0, 0]
 torch.save((results, printed.getvalue()), f"{world}-{rank}.pt")
 """
 
