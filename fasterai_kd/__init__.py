@@ -26,6 +26,7 @@ from .losses import (
     SoftTarget,
     combine,
 )
+from .mutual import MutualLearning
 from .schedule import Schedule
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "KnowledgeDistillationCallback",
     "Logits",
     "Mutual",
+    "MutualLearning",
     "Schedule",
     "Similarity",
     "SoftTarget",

@@ -4,3 +4,4 @@ from .distillation_callback import *
 from .ema import *
 from .inputs import *
 from .losses import *
+from .mutual import *

@@ -23,7 +23,7 @@ from ._arguments import (
     check_weights,
 )
 from ._measure import Later
-from ._tensors import tensors, unwrap
+from ._tensors import plain, tensors, unwrap
 from .cache import TeacherCache
 from .inputs import teacher_inputs
 from .loss_call import LossCall
@@ -223,7 +223,28 @@ class KnowledgeDistillationCallback(Callback):
         """
         return self._parts.metrics(["task_loss", "kd_loss", *self._part_names()])
 
+    @property
+    def agreement(self) -> AvgMetric:
+        """A column of the progress table: `Learner(..., metrics=[accuracy, kd.agreement, kd.teacher_accuracy])`.
+
+        For which share of the samples, or of the positions of dense outputs, do student and teacher predict the same
+        class? nan where the teacher does not run, as with `distill_valid=False`. A loss on features alone then lets the
+        teacher run to its end.
+
+        Source: Stanton et al., "Does Knowledge Distillation Really Work?", NeurIPS 2021: fidelity.
+        """
+        return self._compare("agreement")
+
+    @property
+    def teacher_accuracy(self) -> AvgMetric:
+        "A column of the progress table, as `agreement`: for which share does the teacher predict the label?"
+        return self._compare("teacher_accuracy")
+
     # How
+
+    def _compare(self, name: str) -> AvgMetric:
+        self._parts.compares.add(name)
+        return self._parts.metrics([name])[0]
 
     def _part_names(self) -> list[str]:
         parts = self._call_loss.parts
@@ -259,6 +280,7 @@ class KnowledgeDistillationCallback(Callback):
             _warn_if_fixed(fm_s)
         self._teacher_xb = teacher_inputs(self.teacher_tfm, self.xb)
         teacher_pred, fm_t = self._teacher_pass(teacher, self._teacher_xb, self.training, isinstance(pred, Tensor))
+        self._parts.compare(plain(pred), teacher_pred, plain(self.y))
         mix = getattr(self.learn.loss_func, "__self__", None)
         mix = mix if isinstance(mix, MixHandler) and self.training else None
         outputs = {"pred": pred, "teacher_pred": teacher_pred, "fm_s": fm_s, "fm_t": fm_t}
@@ -294,7 +316,7 @@ class KnowledgeDistillationCallback(Callback):
             check_ensemble(self._ask_teacher, [p.loss for p in call.parts], call.teacher)
             check_top_k(self.cache, [p.loss for p in call.parts])
             self._ask_teacher.precision = self.teacher_dtype
-            self._teacher_pass.begin_fit(call.teacher, call.reads_predictions)
+            self._teacher_pass.begin_fit(call.teacher, call.reads_predictions or bool(self._parts.compares))
             check_moving(self._ask_teacher, self._teacher_pass)
             if self._ask_teacher.model is not None:
                 self._teacher_pass.capture.layers(self._ask_teacher.model)  # do they exist?

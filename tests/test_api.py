@@ -19,7 +19,7 @@ CALLBACK = [
     "get_module_by_name",
     "match_feature_layers",
 ]
-MORE = ["EMATeacher", "renormalize"]
+MORE = ["EMATeacher", "MutualLearning", "renormalize"]
 SCHEDULES = ["Schedule", "one_shot", "iterative", "agp", "one_cycle", "cos", "lin", "dsd", "schedules"]
 SCHEDULES += ["sched_oneshot", "sched_iterative", "sched_agp", "sched_onecycle", "sched_dsd", "available_schedules"]
 
@@ -80,7 +80,7 @@ ARROWS = {  # who may import whom: everything else of the package is off limits
     "_packing": ["_tensors"],
     "_shelf": [],
     "cache": ["_fingerprint", "_measure", "_packing", "_shelf", "_tensors"],
-    "parts": [],
+    "parts": ["_tensors"],
     "losses._logits": ["_tensors"],
     "losses._pairs": ["_tensors"],
     "losses.combine": ["_pairs", "_tensors"],

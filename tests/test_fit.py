@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PAIRS, Net, hooks, image, label, same, state
+from conftest import IMAGES, PAIRS, Net, hooks, image, label, same, state
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
@@ -829,3 +829,81 @@ def test_a_teacher_that_gives_nan_for_its_own_inputs_is_reported(make_learner, t
 
 
 # --- what the metrics say ---
+
+
+@works("other calls", "agreement and teacher_accuracy as metrics")
+@pytest.mark.parametrize("loss", [SoftTarget, Attention], ids=lambda f: f.__name__)
+def test_agreement_and_teacher_accuracy_are_shares_of_the_validation_samples_without_another_teacher_pass(
+    make_learner, teacher, dls, loss
+):
+    calls, kd = [], kd_for(teacher, loss)
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    learn = make_learner(metrics=[accuracy, kd.agreement, kd.teacher_accuracy])
+    learn.fit(1, 0.1, cbs=kd)
+    assert len(calls) == 6
+    assert learn.recorder.metric_names[-4:-1] == ["accuracy", "agreement", "teacher_accuracy"]
+    x, y = (torch.cat(z).as_subclass(torch.Tensor) for z in zip(*dls.valid, strict=True))
+    s, t = (m.eval()(x).argmax(1) for m in (learn.model, teacher))
+    assert list(learn.recorder.values[-1])[3:] == pytest.approx(
+        [(s == t).float().mean().item(), (t == y).float().mean().item()]
+    )
+
+
+def test_the_teacher_runs_to_its_end_only_for_those_who_want_to_see_its_predictions(make_learner, teacher):
+    ends, kd = [], kd_for(teacher, Attention)
+    teacher.head.register_forward_hook(lambda *_: ends.append(1))
+    assert not kd._teacher_pass.reads_output
+    make_learner().fit(1, 0.1, cbs=kd)
+    assert not kd._teacher_pass.reads_output
+    make_learner(metrics=kd.agreement).fit(1, 0.1, cbs=kd)
+    assert kd._teacher_pass.reads_output
+    assert len(ends) >= 6
+
+
+def test_a_copy_agrees_with_its_teacher_everywhere(make_learner, student):
+    kd = kd_for(copy.deepcopy(student), SoftTarget)
+    learn = make_learner(student, metrics=[accuracy, kd.teacher_accuracy, kd.agreement])
+    _, student_accuracy, teacher_accuracy, agreement = learn.validate(cbs=kd)
+    assert agreement == 1
+    assert teacher_accuracy == student_accuracy
+
+
+def test_without_the_teacher_in_validation_they_are_nan(make_learner, teacher):
+    kd = kd_for(teacher, SoftTarget, distill_valid=False)
+    learn = make_learner(metrics=[kd.agreement, kd.teacher_accuracy])
+    learn.fit(1, 0.1, cbs=kd)
+    assert all(x != x for x in learn.recorder.values[-1][2:])
+    learn.fit(1, 0.1)  # without the callback at all
+    assert all(x != x for x in learn.recorder.values[-1][2:])
+
+
+def test_dense_outputs_agree_by_position(make_learner, teacher):
+    class Dense(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    def label_of(i):
+        return (IMAGES[i, 0] > 0).long()
+
+    dsets = Datasets(list(range(24)), [[image], [label_of]], splits=[range(16), range(16, 24)])
+    dls = dsets.dataloaders(bs=4, num_workers=0, device=torch.device("cpu"), shuffle=False)
+    kd = KnowledgeDistillationCallback(Dense(1), SoftTarget)
+    learn = Learner(dls, Dense(2), loss_func=F.cross_entropy, metrics=[kd.agreement, kd.teacher_accuracy])
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.1, cbs=kd)
+    s, t = (m(IMAGES[16:]).argmax(1) for m in (learn.model, kd.teacher))
+    y = (IMAGES[16:, 0] > 0).long()
+    expected = [(s == t).float().mean().item(), (t == y).float().mean().item()]
+    assert list(learn.recorder.values[-1])[2:] == pytest.approx(expected)
+
+
+def test_outputs_without_classes_cannot_agree(make_learner):
+    kd = KnowledgeDistillationCallback(Net(classes=1), Logits)
+    learn = make_learner(Net(classes=1), loss_func=lambda p, y: F.mse_loss(p[:, 0], y.float()), metrics=kd.agreement)
+    with pytest.raises(ValueError, match=r"are of classes \(B, C, ...\), the student gives \(4, 1\)"):
+        learn.fit(1, cbs=kd)
