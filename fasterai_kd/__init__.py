@@ -27,6 +27,7 @@ from .losses import (
     combine,
 )
 from .mutual import MutualLearning
+from .recipes import recipe
 from .schedule import Schedule
 
 __all__ = [
@@ -51,5 +52,6 @@ __all__ = [
     "get_model_layers",
     "get_module_by_name",
     "match_feature_layers",
+    "recipe",
     "renormalize",
 ]

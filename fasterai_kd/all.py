@@ -5,3 +5,4 @@ from .ema import *
 from .inputs import *
 from .losses import *
 from .mutual import *
+from .recipes import *

@@ -33,13 +33,15 @@ class MutualLearning(Callback):
 
     On each training batch all models run on the same inputs. The loss of each is its task loss + `weight` · the mean of
     `loss` over the others' predictions, without their graph. A peer is a Learner, of which its model, `loss_func`,
-    optimizer and `wd` are used: its learning rate, and what else is scheduled, follow the learner's. MixUp and CutMix mix its task loss
-    as the learner's; its own data and callbacks are not used. All models take their step from the same predictions,
-    where the paper lets one go after the other. Validation shows the plain task loss, `lr_find` trains alone.
+    optimizer and `wd` are used: its learning rate, and what else is scheduled, follow the learner's. MixUp and CutMix
+    mix its task loss as the learner's; its own data and callbacks are not used. All models take their step from the
+    same predictions, where the paper lets one go after the other. Validation shows the plain task loss, `lr_find`
+    trains alone.
 
     Raises TypeError and ValueError, when made or when `fit` starts, for what is no peer and what does not work with it:
     GradientAccumulation, float16 with its GradScaler (bfloat16 does), DataParallel and several processes.
-    Source: Zhang et al., "Deep Mutual Learning", CVPR 2018, section 3, eq. 6 and 7, for more than two eq. 8.
+    Source: Zhang et al., "Deep Mutual Learning", CVPR 2018, section 3, for more than two its extension to larger
+    cohorts.
     """
 
     peers: list[Learner]

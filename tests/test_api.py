@@ -19,7 +19,7 @@ CALLBACK = [
     "get_module_by_name",
     "match_feature_layers",
 ]
-MORE = ["EMATeacher", "MutualLearning", "renormalize"]
+MORE = ["EMATeacher", "MutualLearning", "recipe", "renormalize"]
 SCHEDULES = ["Schedule", "one_shot", "iterative", "agp", "one_cycle", "cos", "lin", "dsd", "schedules"]
 SCHEDULES += ["sched_oneshot", "sched_iterative", "sched_agp", "sched_onecycle", "sched_dsd", "available_schedules"]
 
@@ -73,6 +73,7 @@ ARROWS = {  # who may import whom: everything else of the package is off limits
     "watch": ["capture"],
     "teacher": ["_modes", "_tensors"],
     "ema": ["teacher"],
+    "recipes": ["losses", "schedule"],
     "inputs": ["_tensors"],
     "fast": ["_modes", "_tensors"],
     "_fingerprint": [],
