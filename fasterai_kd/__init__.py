@@ -10,6 +10,8 @@ from .distillation_callback import (
     get_module_by_name,
     match_feature_layers,
 )
+from .ema import EMATeacher
+from .inputs import renormalize
 from .losses import (
     CWD,
     DIST,
@@ -25,6 +27,8 @@ from .losses import (
     SoftTarget,
     combine,
 )
+from .mutual import MutualLearning
+from .recipes import recipe
 from .schedule import Schedule
 
 __all__ = [
@@ -35,10 +39,12 @@ __all__ = [
     "ActivationBoundaries",
     "Attention",
     "DecoupledKD",
+    "EMATeacher",
     "FitNet",
     "KnowledgeDistillationCallback",
     "Logits",
     "Mutual",
+    "MutualLearning",
     "Schedule",
     "Similarity",
     "SoftTarget",
@@ -47,4 +53,6 @@ __all__ = [
     "get_model_layers",
     "get_module_by_name",
     "match_feature_layers",
+    "recipe",
+    "renormalize",
 ]

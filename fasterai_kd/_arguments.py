@@ -12,14 +12,17 @@ from torch import nn
 from .cache import GIB, TeacherCache
 from .losses.output import Logits
 from .teacher import Ensemble, Teacher
+from .teacher_pass import TeacherPass
 
 __all__ = [
     "check_cache",
     "check_ensemble",
     "check_layers",
+    "check_moving",
     "check_schedule",
     "check_stored",
     "check_teacher_runs",
+    "check_tfm",
     "check_weights",
     "loss_parameters",
     "reads_predictions",
@@ -76,6 +79,12 @@ def check_teacher_runs(teacher_dtype: torch.dtype | None, compile_teacher: Any) 
         raise TypeError(f"compile_teacher must be True or a dict of torch.compile's arguments, got {compile_teacher!r}")
 
 
+def check_tfm(teacher_tfm: Any) -> None:
+    "None or a function."
+    if teacher_tfm is not None and not callable(teacher_tfm):
+        raise TypeError(f"teacher_tfm must be a function: the student's inputs → the teacher's, got {teacher_tfm!r}")
+
+
 def check_cache(
     cache: Any,  # True, a path or a TeacherCache
     size: float | None,
@@ -130,3 +139,11 @@ def check_ensemble(source: Teacher, losses: Sequence[Callable[..., Any]], layers
         raise ValueError("an ensemble has no common layers to compare: give one teacher, or a loss on outputs")
     if isinstance(source, Ensemble) and any(getattr(loss, "func", loss) is Logits for loss in losses):
         raise ValueError("an ensemble gives log-probabilities, Logits compares raw outputs: give one teacher")
+
+
+def check_moving(source: Teacher, how: TeacherPass) -> None:
+    "What a teacher that changes with each step cannot have: stored outputs, a copy that runs in its place."
+    given = {"cache": how.cache is not None, "fast_teacher": how.fast, "compile_teacher": how.compiled is not None}
+    names = [name for name, it in given.items() if it]
+    if names and not source.is_fixed:
+        raise ValueError(f"{type(source).__name__} changes with each step: give no {' and no '.join(names)}")

@@ -1,11 +1,11 @@
-"How a model runs: in evaluation mode, compiled."
+"How a model runs: in evaluation or training mode, compiled."
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["evaluating", "is_compiled"]
+__all__ = ["evaluating", "in_training", "is_compiled"]
 
 
 @contextmanager
@@ -21,6 +21,18 @@ def evaluating(model: nn.Module, modules: list[nn.Module] | None = None) -> Iter
     finally:
         for m in training:
             m.training = True
+
+
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    "`model` in training mode; afterwards each of its modules has its own `training` flag back."
+    resting = [m for m in model.modules() if not m.training]
+    model.train()
+    try:
+        yield
+    finally:
+        for m in resting:
+            m.training = False
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -15,15 +15,18 @@ from torch import Tensor, nn
 from ._arguments import (
     check_cache,
     check_ensemble,
+    check_moving,
     check_schedule,
     check_stored,
     check_teacher_runs,
+    check_tfm,
     check_weights,
 )
 from ._measure import Later
-from ._tensors import tensors, unwrap
+from ._tensors import plain, tensors, unwrap
 from .auto_weight import AutoWeight
 from .cache import TeacherCache
+from .inputs import teacher_inputs
 from .loss_call import LossCall
 from .losses._pairs import total
 from .losses.combine import CombinedLoss
@@ -51,9 +54,9 @@ class KnowledgeDistillationCallback(Callback):
     `loss` is any function called as `loss(pred=, teacher_pred=, fm_s=, fm_t=, target=)` that returns a scalar;
     `fm_s` and `fm_t` are the features of the student's and the teacher's layers by name, in the order given.
     Tensors come in float32, outside autocast. A loss that uses labels has `target` in its signature: MixUp and CutMix
-    mix it as they mix the task loss. The teacher runs once a batch on the student's inputs, in evaluation mode and
-    without a graph. It does not run where there are no labels, in `get_preds`, or while `schedule` keeps the weight
-    at 0.
+    mix it as they mix the task loss. The teacher runs once a batch on the student's inputs (or on what `teacher_tfm`
+    makes of them), in evaluation mode and without a graph. It does not run where there are no labels, in `get_preds`,
+    or while `schedule` keeps the weight at 0.
 
     Raises TypeError and ValueError for what cannot work: arguments at once, layers of the student when `fit` starts,
     shapes at the first batch; FloatingPointError before the step of a batch for which the teacher gives nan or inf.
@@ -62,12 +65,14 @@ class KnowledgeDistillationCallback(Callback):
     _ask_teacher: Teacher | None
     _distils_with: Teacher | None  # in this batch
     _is_finite: Later | None  # the distillation loss of this batch
+    _teacher_xb: Sequence[Any]  # what the teacher gets in this batch
     _checked: bool  # has a batch gone through all of it?
+    _steps: bool  # is this step taken?
     order = 0  # after the task loss; before GradientAccumulation divides it and MixedPrecision leaves autocast
 
     def __init__(
         self,
-        teacher: Any,  # model, Learner, path of an exported Learner, or a list of these (an ensemble)
+        teacher: Any,  # model, Learner, path of an exported Learner, a list of these (an ensemble), or `EMATeacher()`
         loss: Callable[..., Tensor],  # one of the losses, a `partial` of one, or your own
         activations_student: str | Sequence[str] | None = None,  # student layers to compare
         activations_teacher: str | Sequence[str] | None = None,  # teacher layers, paired with them by position
@@ -76,6 +81,7 @@ class KnowledgeDistillationCallback(Callback):
         *,
         task_weight: float | None = None,  # weight of the task loss; None: 1 - w
         distill_valid: bool = True,  # False: validation shows the plain task loss and spares the teacher
+        teacher_tfm: Callable[..., Any] | None = None,  # the student's inputs → the teacher's: size, normalisation, ...
         fast_teacher: bool = False,  # a private copy with BatchNorm folded, in the faster memory format
         teacher_dtype: torch.dtype | None = None,  # autocast of the teacher alone; None: as the student
         compile_teacher: bool | dict[str, Any] = False,  # torch.compile of a private copy; or its arguments
@@ -89,9 +95,10 @@ class KnowledgeDistillationCallback(Callback):
         self.loss, self.weight, self.schedule = loss, weight, schedule
         self.task_weight, self.distill_valid = task_weight, distill_valid
         self.activations_student, self.activations_teacher = listify(activations_student), listify(activations_teacher)
-        self.teacher_dtype = teacher_dtype
+        self.teacher_dtype, self.teacher_tfm = teacher_dtype, teacher_tfm
         self._parts = LossParts()
         self._teacher_pass = TeacherPass(fast_teacher, compile_teacher, check_cache(cache, cache_size))
+        check_tfm(teacher_tfm)
         self._init_state()
         self._look_at_loss()
         self.current_weight = self._base_weight()
@@ -107,9 +114,10 @@ class KnowledgeDistillationCallback(Callback):
         if self._ask_teacher is None:
             return
         self._ask_teacher.refresh()
-        if any(m is unwrap(self.learn.model) for m in self._ask_teacher.model.modules()):
-            raise ValueError("teacher and student are the same model: train a new one, e.g. a smaller one")
+        self._ask_teacher.check(unwrap(self.learn.model))
         self._look_at_loss()
+        if self.teacher is None:  # an average that is yet to be has the student's layers
+            self._teacher_pass.capture.layers(self.learn.model)
         self._watch.capture.layers(self.learn.model)
         self._call_loss.to(self.dls.device)
 
@@ -136,6 +144,7 @@ class KnowledgeDistillationCallback(Callback):
             self.current_weight = self._weight_now()
         self._distils_with = self._ask_teacher if self._needs_teacher() else None
         if self._distils_with is not None:
+            self._distils_with.follow(unwrap(self.learn.model), anew=self.training and not self.train_iter)
             self._watch.start(self.learn)
 
     def after_loss(self) -> None:
@@ -157,6 +166,16 @@ class KnowledgeDistillationCallback(Callback):
     def before_step(self) -> None:
         "Before its gradient is used: is the teacher's part a number?"
         self._check_teacher()
+        self._steps = True
+
+    def after_cancel_step(self) -> None:
+        "Mixed precision leaves out a step whose gradients overflow."
+        self._steps = False
+
+    def after_step(self) -> None:
+        "A teacher made of the student follows."
+        if self._steps and self._ask_teacher is not None:
+            self._ask_teacher.after_step()
 
     def after_batch(self) -> None:
         "Forget the batch, also one that was cancelled."
@@ -176,7 +195,7 @@ class KnowledgeDistillationCallback(Callback):
 
     @property
     def teacher(self) -> nn.Module | None:
-        "The teacher's model."
+        "The teacher's model; of an `EMATeacher` the average."
         return self._ask_teacher.model if self._ask_teacher is not None else None
 
     @teacher.setter
@@ -209,7 +228,28 @@ class KnowledgeDistillationCallback(Callback):
         """
         return self._parts.metrics(["task_loss", "kd_loss", *self._part_names()])
 
+    @property
+    def agreement(self) -> AvgMetric:
+        """A column of the progress table: `Learner(..., metrics=[accuracy, kd.agreement, kd.teacher_accuracy])`.
+
+        For which share of the samples, or of the positions of dense outputs, do student and teacher predict the same
+        class? nan where the teacher does not run, as with `distill_valid=False`. A loss on features alone then lets the
+        teacher run to its end.
+
+        Source: Stanton et al., "Does Knowledge Distillation Really Work?", NeurIPS 2021: fidelity.
+        """
+        return self._compare("agreement")
+
+    @property
+    def teacher_accuracy(self) -> AvgMetric:
+        "A column of the progress table, as `agreement`: for which share does the teacher predict the label?"
+        return self._compare("teacher_accuracy")
+
     # How
+
+    def _compare(self, name: str) -> AvgMetric:
+        self._parts.compares.add(name)
+        return self._parts.metrics([name])[0]
 
     def _part_names(self) -> list[str]:
         parts = self._call_loss.parts
@@ -246,7 +286,9 @@ class KnowledgeDistillationCallback(Callback):
         pred, fm_s = self.learn.pred, self._watch.take()
         if self.training and not self._checked:
             _warn_if_fixed(fm_s)
-        teacher_pred, fm_t = self._teacher_pass(teacher, self.xb, self.training, isinstance(pred, Tensor))
+        self._teacher_xb = teacher_inputs(self.teacher_tfm, self.xb)
+        teacher_pred, fm_t = self._teacher_pass(teacher, self._teacher_xb, self.training, isinstance(pred, Tensor))
+        self._parts.compare(plain(pred), teacher_pred, plain(self.y))
         mix = getattr(self.learn.loss_func, "__self__", None)
         mix = mix if isinstance(mix, MixHandler) and self.training else None
         outputs = {"pred": pred, "teacher_pred": teacher_pred, "fm_s": fm_s, "fm_t": fm_t}
@@ -261,10 +303,11 @@ class KnowledgeDistillationCallback(Callback):
     def _check_teacher(self) -> None:
         "A student that diverges is TerminateOnNaNCallback's business; a teacher that does is none to learn from."
         is_finite, self._is_finite = self._is_finite, None
+        xb, self._teacher_xb = self._teacher_xb, ()
         if is_finite is None or is_finite or self._distils_with is None:
             return
         one_tensor = isinstance(self.learn.pred, Tensor)
-        output, fm_t = self._teacher_pass(self._distils_with, self.xb, self.training, one_tensor)
+        output, fm_t = self._teacher_pass(self._distils_with, xb, self.training, one_tensor)
         for name, x in (*fm_t.items(), *(("predictions", x) for x in tensors(output))):
             if not torch.isfinite(x).all():
                 self.learn.opt.zero_grad()
@@ -280,23 +323,26 @@ class KnowledgeDistillationCallback(Callback):
         self._watch = StudentWatch(call.student)
         if self._ask_teacher is not None:
             check_ensemble(self._ask_teacher, [p.loss for p in call.parts], call.teacher)
+            check_moving(self._ask_teacher, self._teacher_pass)
             check_stored(self.cache, self._ask_teacher, [p.loss for p in call.parts])
             for teacher in (self._ask_teacher, *self._ask_teacher.members):
                 teacher.precision = self.teacher_dtype
-            self._teacher_pass.begin_fit(call.teacher, call.reads_predictions)
-            self._teacher_pass.capture.layers(self._ask_teacher.model)  # do they exist?
+            self._teacher_pass.begin_fit(call.teacher, call.reads_predictions or bool(self._parts.compares))
+            if self._ask_teacher.model is not None:
+                self._teacher_pass.capture.layers(self._ask_teacher.model)  # do they exist?
 
     def _init_state(self) -> None:
         "What is not saved, and new with each fit."
         super()._init_state()
         self._distils_with = self._is_finite = None
         self._auto = AutoWeight(self.task_weight) if self.weight == "auto" else None
-        self._checked = False
+        self._teacher_xb, self._checked, self._steps = (), False, False
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learn" and value is None:  # the end of a fit with `cbs=kd`, whatever ended it
             self._watch.stop()
             self._parts.forget()
+            self._teacher_xb = ()
         super().__setattr__(name, value)
 
     def _reset_teacher(self) -> None:

@@ -1,4 +1,4 @@
-"The parts of the loss: of the last batch for metrics, of every training step for the history."
+"The parts of the loss, and what the teacher thinks: of the last batch for metrics, of every step for the history."
 
 from collections.abc import Callable, Mapping, Sequence
 from math import nan
@@ -8,6 +8,8 @@ import torch
 from fastai.learner import AvgMetric
 from torch import Tensor
 
+from ._tensors import shape_of
+
 __all__ = ["LossParts"]
 
 
@@ -15,6 +17,7 @@ class LossParts:
     "Keeps task loss, distillation loss and its parts as tensors where they are; `history` moves them off the device."
 
     def __init__(self) -> None:
+        self.compares: set[str] = set()  # which of 'agreement' and 'teacher_accuracy' somebody wants to see
         self.reset([])
 
     def reset(self, names: Sequence[str]) -> None:
@@ -27,6 +30,18 @@ class LossParts:
     def forget(self) -> None:
         "The end of a fit: metrics of one without the callback must not show its last batch."
         self._last: dict[str, Tensor] = {}
+        self._compared: dict[str, Tensor] = {}
+
+    def compare(self, pred: Any, teacher_pred: Any, target: Any) -> None:
+        "Note what is to be seen of the classes that student and teacher predict."
+        self._compared = {}
+        if not self.compares:
+            return
+        student, teacher = (_classes(x, whose) for x, whose in ((pred, "student"), (teacher_pred, "teacher")))
+        if "agreement" in self.compares:
+            self._compared["agreement"] = _share_equal("agreement", teacher, student)
+        if "teacher_accuracy" in self.compares:
+            self._compared["teacher_accuracy"] = _share_equal("teacher_accuracy", teacher, target)
 
     def note(
         self,
@@ -40,6 +55,8 @@ class LossParts:
         if task.ndim:  # fastai asks for a loss a sample in `get_preds(with_loss=True)`
             task = task.mean()
         missing = torch.full_like(task, nan if kd is None else 0.0)
+        if kd is None:
+            self._compared = {}
         self._last = {"task_loss": task, "kd_loss": missing if kd is None else kd}
         self._last |= {name: parts.get(name, missing).detach() for name in self._names}
         if step:
@@ -63,7 +80,22 @@ class LossParts:
 
     def _metric(self, name: str) -> Callable[..., Tensor]:
         def value(*preds_and_targets: Any) -> Tensor:
-            return self._last.get(name, torch.tensor(nan))
+            return (self._last | self._compared).get(name, torch.tensor(nan))
 
         value.__name__ = name
         return value
+
+
+def _classes(output: Any, whose: str) -> Tensor:
+    if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[1] < 2:
+        got = shape_of(output) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"agreement and teacher_accuracy are of classes (B, C, ...), the {whose} gives {got}")
+    return output.detach().argmax(1)
+
+
+def _share_equal(name: str, predicted: Tensor, classes: Any) -> Tensor:
+    "Of all samples, or positions."
+    if not isinstance(classes, Tensor) or classes.numel() != predicted.numel():
+        got = shape_of(classes) if isinstance(classes, Tensor) else type(classes).__name__
+        raise ValueError(f"{name} compares classes {shape_of(predicted)}, got {got}")
+    return (predicted == classes.view_as(predicted)).float().mean()

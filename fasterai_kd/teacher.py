@@ -25,9 +25,10 @@ class Teacher:
     """
 
     precision: torch.dtype | None = None  # None: as the student
+    is_fixed = True  # does it stay as it is during the fit?
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model: Any = model
         self.refresh()
         if any(p.is_meta for p in model.parameters()):
             raise ValueError("the teacher has no weights, it is on the device 'meta': load it first")
@@ -44,6 +45,17 @@ class Teacher:
         self._modules = list(self.model.modules())
         self._tensors = [*self.model.parameters(), *self.model.buffers()]
         self._param = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+
+    def check(self, student: nn.Module) -> None:
+        "Is the teacher somebody else?"
+        if any(m is student for m in self.model.modules()):
+            raise ValueError("teacher and student are the same model: train a new one, e.g. a smaller one")
+
+    def follow(self, student: nn.Module, anew: bool) -> None:
+        "Before a batch, with `anew` the first of a fit: a teacher that is made of the student learns whom to follow."
+
+    def after_step(self) -> None:
+        "The student has changed."
 
     def reset(self) -> None:
         "Forget the state of a recurrent model, as fastai does for the student."
@@ -153,9 +165,11 @@ class Ensemble(Teacher):
 
 
 def as_teacher(
-    teacher: Any,  # a module, a Learner, the path of an exported Learner, or a list of these
+    teacher: Any,  # a module, a Learner, the path of an exported Learner, a list of these, or a `Teacher`
 ) -> Teacher:
     "The `Teacher` that the user means."
+    if isinstance(teacher, Teacher):
+        return teacher
     if isinstance(teacher, nn.Module):
         return Teacher(teacher)
     if isinstance(teacher, Learner):
@@ -163,10 +177,13 @@ def as_teacher(
     if isinstance(teacher, (str, Path)):
         return Teacher(_load(teacher))
     if isinstance(teacher, (list, tuple)) and teacher:
-        return Ensemble([as_teacher(t) for t in teacher])
+        members = [as_teacher(t) for t in teacher]
+        if not all(t.is_fixed for t in members):
+            raise ValueError("an average of the student cannot be a member of an ensemble: give it alone")
+        return Ensemble(members)
     raise TypeError(
-        "teacher must be a model (nn.Module), a Learner, the path of an exported Learner, or a list of these; "
-        f"got {teacher!r}"
+        "teacher must be a model (nn.Module), a Learner, the path of an exported Learner, a list of these, "
+        f"or EMATeacher(); got {teacher!r}"
     )
 
 

@@ -19,6 +19,7 @@ CALLBACK = [
     "get_module_by_name",
     "match_feature_layers",
 ]
+MORE = ["EMATeacher", "MutualLearning", "recipe", "renormalize"]
 SCHEDULES = ["Schedule", "one_shot", "iterative", "agp", "one_cycle", "cos", "lin", "dsd", "schedules"]
 SCHEDULES += ["sched_oneshot", "sched_iterative", "sched_agp", "sched_onecycle", "sched_dsd", "available_schedules"]
 
@@ -26,8 +27,8 @@ SCHEDULES += ["sched_oneshot", "sched_iterative", "sched_agp", "sched_onecycle",
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        ("fasterai_kd", LOSSES + CALLBACK + ["Schedule", "combine"]),
-        ("fasterai_kd.all", LOSSES + CALLBACK + ["combine"]),
+        ("fasterai_kd", LOSSES + CALLBACK + MORE + ["Schedule", "combine"]),
+        ("fasterai_kd.all", LOSSES + CALLBACK + MORE + ["combine"]),
         ("fasterai_kd.losses", [*LOSSES, "match_feature_layers"]),
         ("fasterai_kd.losses.intermediate", ["Attention", "Similarity", "FitNet", "ActivationBoundaries", "CWD"]),
         ("fasterai_kd.distillation_callback", CALLBACK),
@@ -71,13 +72,16 @@ ARROWS = {  # who may import whom: everything else of the package is off limits
     "capture": ["_modes", "_tensors"],
     "watch": ["capture"],
     "teacher": ["_modes", "_tensors"],
+    "ema": ["teacher"],
+    "recipes": ["losses", "schedule"],
+    "inputs": ["_tensors"],
     "fast": ["_modes", "_tensors"],
     "_fingerprint": [],
     "_measure": [],
     "_packing": ["_tensors"],
     "_shelf": [],
     "cache": ["_fingerprint", "_measure", "_packing", "_shelf", "_tensors"],
-    "parts": [],
+    "parts": ["_tensors"],
     "losses._logits": ["_tensors"],
     "losses._pairs": ["_tensors"],
     "losses.combine": ["_pairs", "_tensors"],

@@ -63,6 +63,14 @@ for fit in range(2):
     if world > 1:
         torch.distributed.barrier()
 results["cached"] = again
+
+torch.manual_seed(rank)  # also a student that differs between the ranks is followed as all have it
+student, kd = Net(4), KnowledgeDistillationCallback(EMATeacher(0.5), SoftTarget)
+learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), opt_func=sgd, wd=0.)
+with contextlib.redirect_stdout(io.StringIO()), learn.distrib_ctx(sync_bn=False, cpu=True):
+    learn.fit(2, 0.1, cbs=kd)
+assert type(kd.teacher) is Net
+results["EMATeacher"] = [p.detach() for p in kd.teacher.parameters()], [0, 0, 0]
 torch.save((results, printed.getvalue()), f"{world}-{rank}.pt")
 """
 

@@ -4,13 +4,14 @@ import contextlib
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PAIRS, Net, hooks, image, label, same, state
+from conftest import IMAGES, PAIRS, Net, hooks, image, label, same, state
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
@@ -736,3 +737,173 @@ def test_learner_is_the_only_fastai_object_the_callback_needs(dls, teacher, stud
     with learn.no_bar(), learn.no_logging():
         learn.fit(1)
     assert len(learn.knowledge_distillation.history["kd_loss"]) == 4
+
+
+# --- a teacher with other inputs ---
+
+
+@works("teachers", "teacher_tfm: a teacher with another normalisation, size or number of channels")
+@pytest.mark.parametrize("loss", [SoftTarget, Attention], ids=lambda f: f.__name__)
+def test_a_teacher_of_other_inputs_teaches_what_it_would_say_to_them(make_learner, loss):
+    other = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.Flatten(), nn.Linear(4 * 16, 4))
+
+    def small_and_grey(x):
+        assert not torch.is_grad_enabled()
+        return F.interpolate(x.mean(1, keepdim=True), size=8)
+
+    def check(learn):
+        with torch.no_grad():
+            x = small_and_grey(learn.x)
+            fm_s = {
+                "layer2": learn.model.layer2(learn.model.layer1(learn.model.bn1(learn.model.conv1(learn.x)).relu()))
+            }
+            kd = SoftTarget(learn.pred, other(x)) if loss is SoftTarget else Attention(fm_s, {"0": other[0](x)})
+        seen.append(1)
+        if not learn.training:  # dropout rests
+            torch.testing.assert_close(learn.loss, torch.lerp(F.cross_entropy(learn.pred, learn.y), kd, 0.5))
+
+    seen, layers = [], ("layer2", "0") if loss is Attention else ()
+    kd = KnowledgeDistillationCallback(other, loss, *layers, teacher_tfm=small_and_grey)
+    make_learner().fit(1, 0.1, cbs=[kd, Watch(check)])
+    assert len(seen) == 6
+
+
+def test_the_student_keeps_its_inputs_and_a_teacher_may_take_several(make_learner, student):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x, scale):
+            return self.net(x * scale)
+
+    seen = []
+    student.register_forward_hook(lambda m, i, o: seen.append(i[0]))
+    kd = KnowledgeDistillationCallback(Two(), SoftTarget, teacher_tfm=lambda x: (2 * x, torch.tensor(0.5)))
+    make_learner(student).fit(1, 0.1, cbs=kd)
+    assert torch.equal(seen[0].as_subclass(torch.Tensor), torch.stack([image(i) for i in range(4)]))
+    assert all(x > 0 for x in kd.history["kd_loss"])
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_stored_outputs_are_those_of_the_inputs_that_the_teacher_sees(make_learner, teacher, random):
+    calls, scale = [], [1.0]
+
+    def tfm(x):
+        return x + torch.rand(()) if random else x * scale[0]
+
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, teacher_tfm=tfm, cache=True)
+    learn = make_learner()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # random inputs are never found again: the cache says so
+        learn.fit(2, 0.01, cbs=kd)
+    once = 6 + 1  # each batch, and the first a second time by half
+    assert len(calls) == (once + 6 if random else once)
+    scale[0] = 2.0
+    pred_before = kd.history["kd_loss"]
+    calls.clear()
+    if not random:  # another function: nothing that was stored is of use
+        learn.fit(1, 0.01, cbs=kd)
+        assert len(calls) == 6
+        assert kd.history["kd_loss"] != pred_before
+
+
+@pytest.mark.parametrize("bad", [lambda x: None, lambda x: "x", lambda x: ()])
+def test_a_teacher_tfm_that_gives_no_inputs_is_an_error(make_learner, teacher, bad):
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, teacher_tfm=bad)
+    with pytest.raises(TypeError, match="teacher_tfm must return the teacher's inputs"):
+        make_learner().fit(1, cbs=kd)
+
+
+def test_a_teacher_tfm_is_a_function(teacher):
+    with pytest.raises(TypeError, match="teacher_tfm must be a function"):
+        KnowledgeDistillationCallback(teacher, SoftTarget, teacher_tfm=(0.5, 0.5))
+
+
+def test_a_teacher_that_gives_nan_for_its_own_inputs_is_reported(make_learner, teacher):
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, teacher_tfm=lambda x: x / 0)
+    with pytest.raises(FloatingPointError, match="the teacher gives nan or inf"):
+        make_learner().fit(1, cbs=kd)
+    assert kd._teacher_xb == ()
+
+
+# --- what the metrics say ---
+
+
+@works("other calls", "agreement and teacher_accuracy as metrics")
+@pytest.mark.parametrize("loss", [SoftTarget, Attention], ids=lambda f: f.__name__)
+def test_agreement_and_teacher_accuracy_are_shares_of_the_validation_samples_without_another_teacher_pass(
+    make_learner, teacher, dls, loss
+):
+    calls, kd = [], kd_for(teacher, loss)
+    teacher.register_forward_hook(lambda *_: calls.append(1))
+    learn = make_learner(metrics=[accuracy, kd.agreement, kd.teacher_accuracy])
+    learn.fit(1, 0.1, cbs=kd)
+    assert len(calls) == 6
+    assert learn.recorder.metric_names[-4:-1] == ["accuracy", "agreement", "teacher_accuracy"]
+    x, y = (torch.cat(z).as_subclass(torch.Tensor) for z in zip(*dls.valid, strict=True))
+    s, t = (m.eval()(x).argmax(1) for m in (learn.model, teacher))
+    assert list(learn.recorder.values[-1])[3:] == pytest.approx(
+        [(s == t).float().mean().item(), (t == y).float().mean().item()]
+    )
+
+
+def test_the_teacher_runs_to_its_end_only_for_those_who_want_to_see_its_predictions(make_learner, teacher):
+    ends, kd = [], kd_for(teacher, Attention)
+    teacher.head.register_forward_hook(lambda *_: ends.append(1))
+    assert not kd._teacher_pass.reads_output
+    make_learner().fit(1, 0.1, cbs=kd)
+    assert not kd._teacher_pass.reads_output
+    make_learner(metrics=kd.agreement).fit(1, 0.1, cbs=kd)
+    assert kd._teacher_pass.reads_output
+    assert len(ends) >= 6
+
+
+def test_a_copy_agrees_with_its_teacher_everywhere(make_learner, student):
+    kd = kd_for(copy.deepcopy(student), SoftTarget)
+    learn = make_learner(student, metrics=[accuracy, kd.teacher_accuracy, kd.agreement])
+    _, student_accuracy, teacher_accuracy, agreement = learn.validate(cbs=kd)
+    assert agreement == 1
+    assert teacher_accuracy == student_accuracy
+
+
+def test_without_the_teacher_in_validation_they_are_nan(make_learner, teacher):
+    kd = kd_for(teacher, SoftTarget, distill_valid=False)
+    learn = make_learner(metrics=[kd.agreement, kd.teacher_accuracy])
+    learn.fit(1, 0.1, cbs=kd)
+    assert all(x != x for x in learn.recorder.values[-1][2:])
+    learn.fit(1, 0.1)  # without the callback at all
+    assert all(x != x for x in learn.recorder.values[-1][2:])
+
+
+def test_dense_outputs_agree_by_position(make_learner, teacher):
+    class Dense(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    def label_of(i):
+        return (IMAGES[i, 0] > 0).long()
+
+    dsets = Datasets(list(range(24)), [[image], [label_of]], splits=[range(16), range(16, 24)])
+    dls = dsets.dataloaders(bs=4, num_workers=0, device=torch.device("cpu"), shuffle=False)
+    kd = KnowledgeDistillationCallback(Dense(1), SoftTarget)
+    learn = Learner(dls, Dense(2), loss_func=F.cross_entropy, metrics=[kd.agreement, kd.teacher_accuracy])
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.1, cbs=kd)
+    s, t = (m(IMAGES[16:]).argmax(1) for m in (learn.model, kd.teacher))
+    y = (IMAGES[16:, 0] > 0).long()
+    expected = [(s == t).float().mean().item(), (t == y).float().mean().item()]
+    assert list(learn.recorder.values[-1])[2:] == pytest.approx(expected)
+
+
+def test_outputs_without_classes_cannot_agree(make_learner):
+    kd = KnowledgeDistillationCallback(Net(classes=1), Logits)
+    learn = make_learner(Net(classes=1), loss_func=lambda p, y: F.mse_loss(p[:, 0], y.float()), metrics=kd.agreement)
+    with pytest.raises(ValueError, match=r"are of classes \(B, C, ...\), the student gives \(4, 1\)"):
+        learn.fit(1, cbs=kd)

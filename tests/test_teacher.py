@@ -1,11 +1,15 @@
 "The teacher answers in evaluation mode, without a graph, and is left as it was."
 
+import pickle
+
 import pytest
 import torch
 from conftest import Net, same, state
-from fastai.vision.core import TensorImage
+from fastai.data.transforms import Normalize
+from fastai.vision.core import TensorImage, cifar_stats, imagenet_stats
 from torch import nn
 
+from fasterai_kd import renormalize
 from fasterai_kd.teacher import Ensemble, Teacher, as_teacher, logits
 
 
@@ -115,3 +119,45 @@ def test_predictions_are_found_among_several_outputs():
     assert logits({"anything": t}) is t
     with pytest.raises(TypeError, match="the teacher returns a dict with 2 tensors"):
         logits({"a": t, "b": u})
+
+
+# --- other inputs than the student's ---
+
+
+@pytest.mark.parametrize("stats", [(imagenet_stats, cifar_stats), (([0.5], [0.25]), imagenet_stats)])
+def test_renormalize_gives_what_the_teachers_own_normalisation_would(stats):
+    raw = torch.rand(4, len(stats[0][0]), 5, 6)
+
+    def normalised(mean, std):
+        return (raw - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
+
+    tfm = pickle.loads(pickle.dumps(renormalize(*stats)))  # survives `learn.export()`
+    out = tfm(normalised(*stats[0]))
+    torch.testing.assert_close(out, normalised(*stats[1]), rtol=1e-4, atol=1e-5)
+    assert out.shape == (4, 3, 5, 6)
+    assert tfm(normalised(*stats[0]).half()).dtype == torch.float16
+
+
+def test_renormalize_takes_the_statistics_of_a_normalize_transform():
+    norm = Normalize.from_stats(*imagenet_stats, cuda=False)
+    x = torch.randn(2, 3, 4, 4)
+    out = renormalize((norm.mean, norm.std), cifar_stats)(x)
+    torch.testing.assert_close(out, renormalize(imagenet_stats, cifar_stats)(x))
+
+
+@pytest.mark.parametrize(
+    ("stats", "match"),
+    [
+        ((([0.0], [1.0, 1.0]), imagenet_stats), "of one length, got lengths"),
+        ((imagenet_stats, ([0.0] * 4, [1.0] * 4)), "of one length, got lengths"),
+        ((imagenet_stats, ([0.0] * 3, [1.0, 0.0, 1.0])), "must be positive"),
+    ],
+)
+def test_statistics_that_make_no_sense_are_refused(stats, match):
+    with pytest.raises(ValueError, match=match):
+        renormalize(*stats)
+
+
+def test_renormalize_says_which_images_it_expects():
+    with pytest.raises(ValueError, match=r"expects images \(B, 3, H, W\), got \(4, 1, 8, 8\)"):
+        renormalize(imagenet_stats, cifar_stats)(torch.zeros(4, 1, 8, 8))

@@ -1,0 +1,223 @@
+"The average of the student as its teacher."
+
+import copy
+import gc
+import pickle
+import weakref
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PAIRS, Net, hooks, same, state
+from fastai.callback.core import Callback, CancelStepException
+from fastai.callback.training import GradientAccumulation
+from fastai.learner import load_learner
+from fastai.optimizer import OptimWrapper
+from fastai.torch_core import set_seed
+from torch import nn
+
+from fasterai_kd import *
+
+works = pytest.mark.works
+SGD = partial(OptimWrapper, opt=torch.optim.SGD)
+
+
+def mean_teacher(loss=SoftTarget, decay=0.9, layers=(), **kwargs):
+    return KnowledgeDistillationCallback(EMATeacher(decay), loss, *layers, **kwargs)
+
+
+def follow(average, model, decay):
+    "By hand: floating point is averaged, counts are copied."
+    for a, b in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        a.copy_(a * decay + b * (1 - decay) if a.is_floating_point() else b)
+
+
+@works("teachers", "EMATeacher: the exponential moving average of the student (mean teacher)")
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_fit_is_that_of_a_hand_written_mean_teacher(make_learner, dls, decay):
+    learn, kd = make_learner(opt_func=SGD, wd=0.0), mean_teacher(decay=decay)
+    model = copy.deepcopy(learn.model)
+    average = copy.deepcopy(model).eval()
+    set_seed(3)
+    learn.fit(2, 0.1, cbs=kd)
+
+    set_seed(3)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model.train()
+        for x, y in dls.train:
+            x, y = x.as_subclass(torch.Tensor), y.as_subclass(torch.Tensor)
+            pred = model(x)
+            with torch.no_grad():
+                teacher_pred = average(x)
+            torch.lerp(F.cross_entropy(pred, y), SoftTarget(pred, teacher_pred), 0.5).backward()
+            opt.step()
+            opt.zero_grad()
+            follow(average, model, decay)
+        model.eval()
+        for _ in dls.valid:
+            pass
+    for mine, by_hand in ((learn.model, model), (kd.teacher, average)):
+        for name, x in mine.state_dict().items():
+            torch.testing.assert_close(x, by_hand.state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_average_is_a_plain_model_of_the_students_form_that_can_be_used_after_the_fit(make_learner, dls):
+    learn, kd = make_learner(), mean_teacher()
+    assert kd.teacher is None
+    learn.fit(1, 0.1, cbs=kd)
+    assert type(kd.teacher) is Net
+    assert not kd.teacher.training
+    assert hooks(kd.teacher) == hooks(learn.model) == 0
+    assert not same(state(kd.teacher), state(learn.model))
+    assert [p.requires_grad for p in kd.teacher.parameters()] == [p.requires_grad for p in learn.model.parameters()]
+    loss = make_learner(kd.teacher).validate()[0]
+    learn.model.load_state_dict(kd.teacher.state_dict())
+    assert learn.validate()[0] == loss
+
+
+@pytest.mark.parametrize("loss", [Attention, FitNet], ids=lambda f: f.__name__)
+def test_layers_are_the_students_own_and_the_first_batch_compares_a_model_with_itself(make_learner, loss):
+    learn = make_learner(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 4)))
+    kd = mean_teacher(loss, layers=("0", "0"))
+    learn.fit(1, 0.1, cbs=kd)
+    assert kd.history["kd_loss"][0] == 0
+    assert all(x > 0 for x in kd.history["kd_loss"][1:])
+
+
+def test_a_layer_that_the_student_does_not_have_is_an_error_before_the_first_step(make_learner):
+    learn = make_learner()
+    before = state(learn.model)
+    with pytest.raises(ValueError, match="the teacher has no layer 'layr1': did you mean"):
+        learn.fit(1, cbs=mean_teacher(Attention, layers=("layer1", "layr1")))
+    assert same(before, state(learn.model))
+
+
+def test_only_steps_that_are_taken_move_the_average(make_learner):
+    class Overflow(Callback):
+        order = 10  # as MixedPrecision
+
+        def before_step(self):
+            if self.iter % 2:
+                raise CancelStepException
+
+    for cb, steps in ((Overflow(), 2), (GradientAccumulation(8), 2), (Callback(), 4)):
+        learn, kd, seen = make_learner(Net()), mean_teacher(), []
+        averages = Callback(after_batch=lambda self, kd=kd, seen=seen: seen.append(kd.teacher.head.weight.clone()))
+        first = learn.model.head.weight.detach().clone()
+        learn.fit(1, 0.1, cbs=[kd, cb, averages])
+        moved = [not torch.equal(a, b) for a, b in zip([first, *seen[:3]], seen[:4], strict=True)]
+        assert sum(moved) == steps
+
+
+def test_each_fit_starts_anew_and_validation_after_it_does_not(make_learner):
+    learn, kd, first = make_learner(cbs=mean_teacher()), None, []
+    kd = learn.knowledge_distillation
+    learn.add_cb(Callback(before_backward=lambda self: first.append(same(state(kd.teacher), state(self.model)))))
+    learn.fit(1, 0.1)
+    average = state(kd.teacher)
+    learn.validate()
+    learn.get_preds()
+    assert same(average, state(kd.teacher))
+    learn.fit(1, 0.1)
+    weights = [torch.equal(average[k], v) for k, v in kd.teacher.state_dict().items() if "weight" in k]
+    assert not any(weights)
+
+
+def test_before_a_fit_validation_compares_the_student_with_itself(make_learner):
+    learn = make_learner(cbs=mean_teacher(Mutual, weight=1.0))
+    assert learn.validate()[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_another_student_gets_another_average(make_learner):
+    kd = mean_teacher()
+    make_learner(Net()).fit(1, 0.1, cbs=kd)
+    make_learner(Net(width=8)).fit(1, 0.1, cbs=kd)
+    assert kd.teacher.conv1.out_channels == 8
+    make_learner(kd.teacher).fit(1, 0.1, cbs=kd)  # also the average itself
+    assert kd.teacher.conv1.out_channels == 8
+
+
+@pytest.mark.parametrize("how", ["fine_tune", "fit_one_cycle"])
+def test_it_serves_every_fit(make_learner, how):
+    kd = mean_teacher(Attention, layers=PAIRS)
+    getattr(make_learner(), how)(1, cbs=kd)
+    assert all(x == x for x in kd.history["kd_loss"])
+
+
+def test_indices_and_counts_are_copied_not_averaged(make_learner):
+    model = Net()
+    model.register_buffer("index", torch.tensor([5, 7, 123456789]))
+    kd = mean_teacher(decay=0.999)
+    make_learner(model).fit(3, 0.1, cbs=kd)
+    assert torch.equal(kd.teacher.index, model.index)
+    assert kd.teacher.bn1.num_batches_tracked == 12
+    assert not torch.equal(kd.teacher.bn1.running_mean, model.bn1.running_mean)
+
+
+def test_the_student_is_not_kept_alive_and_gradients_do_not_reach_the_average(make_learner):
+    kd = mean_teacher()
+    learn = make_learner(Net())
+    learn.fit(1, 0.1, cbs=kd)
+    assert all(p.grad is None for p in kd.teacher.parameters())
+    student = weakref.ref(learn.model)
+    del learn
+    gc.collect()
+    assert student() is None
+
+
+def test_copies_and_files_leave_the_average_out_and_start_their_own(make_learner, tmp_path):
+    learn = make_learner(cbs=mean_teacher(decay=0.8))
+    learn.fit(1, 0.1)
+    kd = learn.knowledge_distillation
+    for other in (copy.deepcopy(kd._ask_teacher), pickle.loads(pickle.dumps(kd._ask_teacher))):
+        assert other.decay == 0.8
+        assert other.model is None
+    learn.export("e.pkl")
+    loaded = load_learner(learn.path / "e.pkl")
+    assert loaded.knowledge_distillation.teacher is None
+    loaded.dls = learn.dls
+    with loaded.no_bar(), loaded.no_logging():
+        loaded.fit(1, 0.1)
+    assert loaded.knowledge_distillation.teacher is not None
+
+
+@pytest.mark.parametrize("option", ["cache", "fast_teacher", "compile_teacher"])
+def test_what_needs_a_teacher_that_stays_as_it_is_is_refused(option):
+    with pytest.raises(ValueError, match=f"EMATeacher changes with each step: give no {option}"):
+        mean_teacher(**{option: True})
+
+
+def test_an_average_is_no_member_of_an_ensemble(teacher):
+    with pytest.raises(ValueError, match="cannot be a member of an ensemble"):
+        KnowledgeDistillationCallback([teacher, EMATeacher()], SoftTarget)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1, 2, float("nan")])
+def test_a_decay_outside_its_range_is_refused(decay):
+    with pytest.raises(ValueError, match="decay must be at least 0 and less than 1"):
+        EMATeacher(decay)
+
+
+def test_another_precision_of_the_average_is_allowed(make_learner):
+    kd = mean_teacher(teacher_dtype=torch.bfloat16)
+    make_learner().fit(1, 0.1, cbs=kd)
+    assert all(x == x for x in kd.history["kd_loss"])
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["DataParallel", "compile"])
+def test_a_wrapped_student_is_followed_by_a_plain_average(make_learner, wrap):
+    learn, kd = make_learner(Net()), mean_teacher()
+    learn.model = wrap(learn.model, **({"backend": "eager"} if wrap is torch.compile else {"device_ids": []}))
+    learn.fit(1, 0.1, cbs=kd)
+    assert type(kd.teacher) is Net
+    assert kd.teacher.bn1.num_batches_tracked == 4
+
+
+def test_a_student_with_other_layers_may_follow_after_the_first(make_learner):
+    kd = mean_teacher(Attention, layers=("layer1", "layer1"))
+    make_learner(Net()).fit(1, 0.1, cbs=kd)
+    kd.activations_student = kd.activations_teacher = ["0"]
+    make_learner(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 4))).fit(1, 0.1, cbs=kd)
+    assert isinstance(kd.teacher, nn.Sequential)
