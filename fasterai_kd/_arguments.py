@@ -22,6 +22,7 @@ __all__ = [
     "check_top_k",
     "check_weights",
     "loss_parameters",
+    "needs_equal_shapes",
     "reads_predictions",
 ]
 
@@ -61,6 +62,12 @@ def loss_parameters(loss: Callable[..., Any]) -> dict[str, bool]:
 def reads_predictions(loss: Callable[..., Any]) -> bool:
     "Of the teacher: yes, unless its attribute of this name says no."
     return bool(getattr(getattr(loss, "func", loss), "reads_predictions", True))
+
+
+def needs_equal_shapes(loss: Callable[..., Any]) -> bool:
+    "Of its features, so that an adapter is for it: as its attribute of this name says, else if it names them."
+    wanted = getattr(getattr(loss, "func", loss), "needs_equal_shapes", None)
+    return "fm_s" in loss_parameters(loss) if wanted is None else bool(wanted)
 
 
 def check_dtype(teacher_dtype: torch.dtype | None) -> None:

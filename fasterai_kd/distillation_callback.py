@@ -22,6 +22,7 @@ from ._arguments import (
 )
 from ._measure import Later
 from ._tensors import tensors, unwrap
+from .adapters import Adapters
 from .cache import TeacherCache
 from .loss_call import LossCall
 from .losses._pairs import total
@@ -80,6 +81,7 @@ class KnowledgeDistillationCallback(Callback):
         compile_teacher: bool | dict[str, Any] = False,  # torch.compile of a private copy; or its arguments
         cache: bool | str | Path | TeacherCache = False,  # store outputs by sample: in memory, or a folder's path
         cache_size: float | None = None,  # of at most so many GiB; None: 4
+        adapter: Any = None,  # 'auto' lets FitNet, ActivationBoundaries, CWD compare unequal channels; or a function
     ):
         check_weights(weight, task_weight)
         check_schedule(schedule)
@@ -88,7 +90,7 @@ class KnowledgeDistillationCallback(Callback):
         self.task_weight, self.distill_valid, self.current_weight = task_weight, distill_valid, float(weight)
         self.activations_student, self.activations_teacher = listify(activations_student), listify(activations_teacher)
         self.teacher_dtype = teacher_dtype
-        self._parts = LossParts()
+        self._parts, self._adapters = LossParts(), Adapters(adapter)
         self._teacher_pass = TeacherPass(fast_teacher, compile_teacher, check_cache(cache, cache_size))
         check_dtype(teacher_dtype)
         self._init_state()
@@ -99,6 +101,7 @@ class KnowledgeDistillationCallback(Callback):
     def before_fit(self) -> None:
         "Check what can be checked before the first batch."  # fastai calls it for `validate` and `get_preds` as well
         self._watch.stop()
+        self._adapters.begin_fit(trial=hasattr(self.learn, "lr_finder"))
         self._init_state()
         if sum(cb is self for cb in self.learn.cbs) > 1:
             raise ValueError("this callback is in the Learner already: give it to the Learner or to `fit`, not to both")
@@ -152,10 +155,16 @@ class KnowledgeDistillationCallback(Callback):
     def before_step(self) -> None:
         "Before its gradient is used: is the teacher's part a number?"
         self._check_teacher()
+        self._adapters.join(self.learn)
+
+    def after_step(self) -> None:
+        "Also of one that was cancelled: the learner now drops all gradients."
+        self._adapters.leave(stepped=True)
 
     def after_batch(self) -> None:
         "Forget the batch, also one that was cancelled."
         self._watch.stop()
+        self._adapters.leave()
         self._check_teacher()
 
     def after_train(self) -> None:
@@ -166,6 +175,7 @@ class KnowledgeDistillationCallback(Callback):
     def after_fit(self) -> None:
         "Forget a batch that CancelFitException ended."
         self._watch.stop()
+        self._adapters.end_fit()
 
     # What the user reads
 
@@ -187,6 +197,11 @@ class KnowledgeDistillationCallback(Callback):
     def teacher_report(self) -> str:
         "What runs in the teacher's place: 'plain', or what was folded, its memory format and size."
         return self._teacher_pass.report
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        "The adapters by pair of layers, 'layer1/0->layer2' for layer1.0 and layer2: there from the first batch on."
+        return self._adapters.modules
 
     @property
     def history(self) -> dict[str, list[float]]:
@@ -243,7 +258,8 @@ class KnowledgeDistillationCallback(Callback):
         mix = mix if isinstance(mix, MixHandler) and self.training else None
         outputs = {"pred": pred, "teacher_pred": teacher_pred, "fm_s": fm_s, "fm_t": fm_t}
         with torch.autocast(self.learn.loss_grad.device.type, enabled=False):
-            parts = self._call_loss(outputs, self.y, mix, self._pct())
+            adapt = self._adapters.of(self.learn.model, teacher.model)
+            parts = self._call_loss(outputs, self.y, mix, self._pct(), adapt)
         self._checked = True
         return parts
 
@@ -259,6 +275,7 @@ class KnowledgeDistillationCallback(Callback):
         for name, x in (*fm_t.items(), *(("predictions", x) for x in tensors(output))):
             if not torch.isfinite(x).all():
                 self.learn.opt.zero_grad()
+                self.adapters.zero_grad()
                 phase = "training" if self.training else "validation"
                 raise FloatingPointError(
                     f"the teacher gives nan or inf ({name}) in {phase} batch {self.iter} of epoch {self.epoch}: are "
@@ -285,6 +302,7 @@ class KnowledgeDistillationCallback(Callback):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learn" and value is None:  # the end of a fit with `cbs=kd`, whatever ended it
             self._watch.stop()
+            self._adapters.leave()
             self._parts.forget()
         super().__setattr__(name, value)
 
