@@ -25,6 +25,7 @@ __all__ = [
     "check_tfm",
     "check_weights",
     "loss_parameters",
+    "needs_equal_shapes",
     "reads_predictions",
 ]
 
@@ -69,6 +70,12 @@ def reads_predictions(loss: Callable[..., Any]) -> bool:
     "Of the teacher: yes, unless its attribute of this name says no, and not one that functools.wraps copied."
     own = getattr(loss, "func", loss)
     return bool(getattr(own, "reads_predictions", True)) or hasattr(own, "__wrapped__")
+
+
+def needs_equal_shapes(loss: Callable[..., Any]) -> bool:
+    "Of its features, so that an adapter is for it: as its attribute of this name says, else if it names them."
+    wanted = getattr(getattr(loss, "func", loss), "needs_equal_shapes", None)
+    return "fm_s" in loss_parameters(loss) if wanted is None else bool(wanted)
 
 
 def check_teacher_runs(teacher_dtype: torch.dtype | None, compile_teacher: Any) -> None:

@@ -24,6 +24,7 @@ from ._arguments import (
 )
 from ._measure import Later
 from ._tensors import plain, tensors, unwrap
+from .adapters import Adapters
 from .auto_weight import AutoWeight
 from .cache import TeacherCache
 from .inputs import teacher_inputs
@@ -87,6 +88,7 @@ class KnowledgeDistillationCallback(Callback):
         compile_teacher: bool | dict[str, Any] = False,  # torch.compile of a private copy; or its arguments
         cache: bool | str | Path | TeacherCache = False,  # store outputs by sample: in memory, or a folder's path
         cache_size: float | None = None,  # of at most so many GiB; None: 4
+        adapter: Any = None,  # 'auto' lets FitNet, ActivationBoundaries, CWD compare unequal channels; or a function
     ):
         check_weights(weight, task_weight)
         check_schedule(schedule)
@@ -96,7 +98,7 @@ class KnowledgeDistillationCallback(Callback):
         self.task_weight, self.distill_valid = task_weight, distill_valid
         self.activations_student, self.activations_teacher = listify(activations_student), listify(activations_teacher)
         self.teacher_dtype, self.teacher_tfm = teacher_dtype, teacher_tfm
-        self._parts = LossParts()
+        self._parts, self._adapters = LossParts(), Adapters(adapter)
         self._teacher_pass = TeacherPass(fast_teacher, compile_teacher, check_cache(cache, cache_size))
         check_tfm(teacher_tfm)
         self._init_state()
@@ -108,6 +110,7 @@ class KnowledgeDistillationCallback(Callback):
     def before_fit(self) -> None:
         "Check what can be checked before the first batch."  # fastai calls it for `validate` and `get_preds` as well
         self._watch.stop()
+        self._adapters.begin_fit(trial=hasattr(self.learn, "lr_finder"))
         self._init_state()
         if sum(cb is self for cb in self.learn.cbs) > 1:
             raise ValueError("this callback is in the Learner already: give it to the Learner or to `fit`, not to both")
@@ -166,6 +169,7 @@ class KnowledgeDistillationCallback(Callback):
     def before_step(self) -> None:
         "Before its gradient is used: is the teacher's part a number?"
         self._check_teacher()
+        self._adapters.join(self.learn)
         self._steps = True
 
     def after_cancel_step(self) -> None:
@@ -173,13 +177,15 @@ class KnowledgeDistillationCallback(Callback):
         self._steps = False
 
     def after_step(self) -> None:
-        "A teacher made of the student follows."
+        "Also of one that was cancelled: the learner now drops all gradients."
+        self._adapters.leave(stepped=True)
         if self._steps and self._ask_teacher is not None:
-            self._ask_teacher.after_step()
+            self._ask_teacher.after_step()  # one made of the student follows it
 
     def after_batch(self) -> None:
         "Forget the batch, also one that was cancelled."
         self._watch.stop()
+        self._adapters.leave()
         self._check_teacher()
 
     def after_train(self) -> None:
@@ -190,6 +196,7 @@ class KnowledgeDistillationCallback(Callback):
     def after_fit(self) -> None:
         "Forget a batch that CancelFitException ended."
         self._watch.stop()
+        self._adapters.end_fit()
 
     # What the user reads
 
@@ -211,6 +218,11 @@ class KnowledgeDistillationCallback(Callback):
     def teacher_report(self) -> str:
         "What runs in the teacher's place: 'plain', or what was folded, its memory format and size."
         return self._teacher_pass.report
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        "The adapters by pair of layers, 'layer1/0->layer2' for layer1.0 and layer2: there from the first batch on."
+        return self._adapters.modules
 
     @property
     def history(self) -> dict[str, list[float]]:
@@ -293,7 +305,8 @@ class KnowledgeDistillationCallback(Callback):
         mix = mix if isinstance(mix, MixHandler) and self.training else None
         outputs = {"pred": pred, "teacher_pred": teacher_pred, "fm_s": fm_s, "fm_t": fm_t}
         with torch.autocast(self.learn.loss_grad.device.type, enabled=False):
-            parts = self._call_loss(outputs, self.y, mix, self._pct())
+            adapt = self._adapters.of(self.learn.model, teacher.model)
+            parts = self._call_loss(outputs, self.y, mix, self._pct(), adapt)
         self._checked = True
         return parts
 
@@ -311,6 +324,7 @@ class KnowledgeDistillationCallback(Callback):
         for name, x in (*fm_t.items(), *(("predictions", x) for x in tensors(output))):
             if not torch.isfinite(x).all():
                 self.learn.opt.zero_grad()
+                self.adapters.zero_grad()
                 phase = "training" if self.training else "validation"
                 raise FloatingPointError(
                     f"the teacher gives nan or inf ({name}) in {phase} batch {self.iter} of epoch {self.epoch}: are "
@@ -341,6 +355,7 @@ class KnowledgeDistillationCallback(Callback):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "learn" and value is None:  # the end of a fit with `cbs=kd`, whatever ended it
             self._watch.stop()
+            self._adapters.leave()
             self._parts.forget()
             self._teacher_xb = ()
         super().__setattr__(name, value)

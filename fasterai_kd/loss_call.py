@@ -9,8 +9,9 @@ from fastai.callback.mixup import MixHandler
 from fastcore.basics import detuplify
 from torch import Tensor, nn
 
-from ._arguments import check_layers, check_schedule, loss_parameters, reads_predictions
+from ._arguments import check_layers, check_schedule, loss_parameters, needs_equal_shapes, reads_predictions
 from ._tensors import plain
+from .adapters import Adapt
 from .losses import DecoupledKD
 from .losses.combine import CombinedLoss, Part, name_of
 
@@ -60,16 +61,21 @@ class LossCall:
         y: Any,  # the target
         mix: MixHandler | None,  # MixUp or CutMix, if it mixes the task loss of this batch
         pct: float,  # share of the training done
+        adapt: Adapt | None = None,  # brings features to equal shapes
     ) -> dict[str, Tensor]:
         outputs = {name: x if isinstance(x, dict) else plain(x) for name, x in outputs.items()}
         weights = {p.name: p.weight_at(pct) for p in self.parts}
         due = [p for p in self.parts if weights[p.name] or not self._checked]  # at first all, so that mistakes show
-        values = {p.name: weights[p.name] * self._value(p, outputs, plain(y), mix) for p in due}
+        values = {p.name: weights[p.name] * self._value(p, outputs, plain(y), mix, adapt) for p in due}
         self._checked = True
         return values
 
-    def _value(self, part: Part, outputs: dict[str, Any], y: Any, mix: MixHandler | None) -> Tensor:
+    def _value(
+        self, part: Part, outputs: dict[str, Any], y: Any, mix: MixHandler | None, adapt: Adapt | None
+    ) -> Tensor:
         outputs = outputs | part.select(outputs["fm_s"], outputs["fm_t"])
+        if adapt is not None and needs_equal_shapes(part.loss):
+            outputs |= adapt(outputs["fm_s"], outputs["fm_t"])
         if mix is None or "target" not in self._params[part.name]:
             value = part.loss(**outputs, target=y)
         else:  # the loss on two labels, mixed: of each sample where we know how, else of the batch

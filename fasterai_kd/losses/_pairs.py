@@ -8,15 +8,22 @@ from torch import Tensor
 
 from .._tensors import plain, shape_of
 
-__all__ = ["Features", "equal_pairs", "features_only", "pairs", "total"]
+__all__ = ["Features", "equal_pairs", "equal_shapes", "features_only", "pairs", "total"]
 
 Features = Mapping[str, Tensor]
 Loss = TypeVar("Loss", bound=Callable[..., Any])
 
 
 def features_only(loss: Loss) -> Loss:
-    "Say that `loss` reads features alone, so that the teacher may stop after its last layer."
-    loss.reads_predictions = False  # type: ignore[attr-defined]
+    "Say that `loss` reads features alone, so that the teacher may stop after its last layer; of whatever channels."
+    loss.reads_predictions = loss.needs_equal_shapes = False  # type: ignore[attr-defined]
+    return loss
+
+
+def equal_shapes(loss: Loss) -> Loss:
+    "Say that `loss` reads features alone, of equal shapes: the callback's `adapter` is for it."
+    loss = features_only(loss)
+    loss.needs_equal_shapes = True  # type: ignore[attr-defined]
     return loss
 
 
@@ -41,7 +48,7 @@ def equal_pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str
         if s.shape != t.shape:
             raise ValueError(
                 f"{loss} needs features of one shape, but {names} give {shape_of(s)} and {shape_of(t)}: "
-                "pair other layers, or use Attention or Similarity"
+                "pair other layers, give the callback adapter='auto', or use Attention or Similarity"
             )
         if s.stride() != t.stride():  # channels_last, say: one copy is cheaper than each step across two formats
             t = torch.empty_like(s).copy_(t)
