@@ -68,9 +68,8 @@ class LossParts:
         if self._steps:
             values, weights = zip(*self._steps, strict=True)
             columns = torch.stack([torch.stack(v) for v in values], 1).tolist()
-            for name, column in zip(self._last, columns, strict=True):
+            for name, column in zip(self._history, [*columns, list(weights)], strict=True):
                 self._history[name] += column
-            self._history["weight"] += weights
             self._steps = []
         return self._history
 
