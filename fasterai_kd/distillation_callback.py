@@ -22,8 +22,9 @@ from ._arguments import (
     check_tfm,
     check_weights,
 )
+from ._blend import blend, scheduled
 from ._measure import Later
-from ._tensors import plain, tensors, unwrap
+from ._tensors import plain, unwrap
 from .adapters import Adapters
 from .auto_weight import AutoWeight
 from .cache import TeacherCache
@@ -162,7 +163,7 @@ class KnowledgeDistillationCallback(Callback):
                 self._auto.measure(self.learn.loss_grad, kd, self.learn.model)
                 self.current_weight = self._weight_now()
             self._is_finite = Later(torch.isfinite(kd.detach()))
-            self.learn.loss_grad = self._blend(self.learn.loss_grad, kd)
+            self.learn.loss_grad = blend(self.learn.loss_grad, kd, self.current_weight, self.task_weight)
             self.learn.loss, kd = self.learn.loss_grad.clone(), kd.detach()
         self._parts.note(part, kd, self.current_weight, parts, step=self.training)
 
@@ -268,14 +269,7 @@ class KnowledgeDistillationCallback(Callback):
         return [p.name for p in parts] if isinstance(self.loss, CombinedLoss) else []
 
     def _weight_now(self) -> float:
-        w, where = self._base_weight(), ""
-        if self.schedule is not None:
-            pct = self._pct()
-            factor = getattr(self.schedule, "progress", self.schedule)(pct)
-            where = f" at {pct:.0%} of the training, where the schedule gives {factor:g}"
-            w = round(float(w * factor), 12)
-        check_weights(w, self.task_weight, where)
-        return w
+        return scheduled(self._base_weight(), self.schedule, self._pct(), self.task_weight)
 
     def _base_weight(self) -> float:
         return float(self.weight) if self._auto is None else self._auto.weight
@@ -286,12 +280,6 @@ class KnowledgeDistillationCallback(Callback):
         wanted = self.training or self.distill_valid
         predicting = hasattr(self.learn, "gather_preds")
         return len(self.yb) > 0 and wanted and not resting and not predicting
-
-    def _blend(self, task: Tensor, kd: Tensor) -> Tensor:
-        w = self.current_weight
-        if self.task_weight is not None:
-            return self.task_weight * task + w * kd
-        return torch.lerp(task, kd, w) if w else task
 
     def _kd_loss(self, teacher: Teacher) -> dict[str, Tensor]:
         "By part."
@@ -320,16 +308,15 @@ class KnowledgeDistillationCallback(Callback):
         if is_finite is None or is_finite or self._distils_with is None:
             return
         one_tensor = isinstance(self.learn.pred, Tensor)
-        output, fm_t = self._teacher_pass(self._distils_with, xb, self.training, one_tensor)
-        for name, x in (*fm_t.items(), *(("predictions", x) for x in tensors(output))):
-            if not torch.isfinite(x).all():
-                self.learn.opt.zero_grad()
-                self.adapters.zero_grad()
-                phase = "training" if self.training else "validation"
-                raise FloatingPointError(
-                    f"the teacher gives nan or inf ({name}) in {phase} batch {self.iter} of epoch {self.epoch}: are "
-                    "its weights sound, its precision sufficient, the inputs those it was trained on?"
-                )
+        faulty = self._teacher_pass.find_fault(self._distils_with, xb, self.training, one_tensor)
+        if faulty is not None:
+            self.learn.opt.zero_grad()
+            self.adapters.zero_grad()
+            phase = "training" if self.training else "validation"
+            raise FloatingPointError(
+                f"the teacher gives nan or inf ({faulty}) in {phase} batch {self.iter} of epoch {self.epoch}: are "
+                "its weights sound, its precision sufficient, the inputs those it was trained on?"
+            )
 
     def _look_at_loss(self) -> None:
         "And at the layers that it compares: the user may have changed it."

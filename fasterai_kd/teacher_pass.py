@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ._fingerprint import fingerprint
 from ._packing import PREDICTIONS, Outputs
-from ._tensors import by_position, plain
+from ._tensors import by_position, plain, tensors
 from .cache import TeacherCache
 from .capture import Enough, FeatureCapture
 from .fast import has_hooks, why_no_copy
@@ -91,6 +91,12 @@ class TeacherPass:
         else:
             outputs = self.cache(xb, ask, self._question(teacher, xb, one_tensor), training)
         return outputs.pop(PREDICTIONS, None), outputs
+
+    def find_fault(self, teacher: Teacher, xb: Sequence[Any], training: bool, one_tensor: bool) -> str | None:
+        "Which output has nan or inf? Asks again."
+        output, features = self(teacher, xb, training, one_tensor)
+        outputs = [*features.items(), *(("predictions", x) for x in tensors(output))]
+        return next((name for name, x in outputs if not torch.isfinite(x).all()), None)
 
     @property
     def _hurries(self) -> bool:

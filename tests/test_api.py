@@ -71,6 +71,7 @@ ARROWS = {  # who may import whom: everything else of the package is off limits
     "schedule": [],
     "capture": ["_modes", "_tensors"],
     "watch": ["capture"],
+    "adapters": ["_tensors"],
     "teacher": ["_modes", "_tensors"],
     "ema": ["teacher"],
     "recipes": ["losses", "schedule"],

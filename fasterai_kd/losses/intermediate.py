@@ -44,7 +44,7 @@ def FitNet(
     """Mean squared difference of the features.
 
     Raises ValueError for missing layers or unequal shapes.
-    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, eq. 3, without a regressor.
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, eq. 3; regressor: see `adapter`.
     """
     return total(F.mse_loss(s, t) for _, s, t in equal_pairs("FitNet", fm_s, fm_t))
 
