@@ -120,7 +120,8 @@ def test_same_channels_let_fitnet_run(main):
 
 def test_choices_are_made_on_the_tune_split(main, capsys):
     args = [*CNN, "--tune", "--losses=Attention", "--student=2", "--seeds=1", "--images=10"]
-    rows, _ = main("digits", *args)
+    rows, report = main("digits", *args)
+    assert "## Choices" in report
     grid = of(rows, stage="tune")
     assert {row["settings"]["seed"] for row in grid} == {1000, 1001}
     lrs = {row["settings"]["recipe"][4] for row in of(grid, parts=[])}

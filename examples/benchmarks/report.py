@@ -40,6 +40,10 @@ NOTES = """\
 - On two classes `DecoupledKD` equals `SoftTarget` at T=4, up to its weight: there are no other classes to decouple.
 - `FitNet` and `ActivationBoundaries` compare maps value by value, so they run only where the channels are equal.
 - fasterai blends, so it has no rows where the task loss has a weight of its own, and eight losses.
+- Many rows and few seeds: a difference of one row may be chance. The tune split is small too, and its picks change
+  with the seeds. Trainings are short; with longer ones, other data or models the order may be another.
+- `auto` sets the weight of the whole: within two losses the ratio is fixed, 0.9 to 1000 with `Attention` as published,
+  else 1 to 1.
 - One teacher for all; ± is the standard deviation over seeds, which change initial weights, order and augmentation of
   the images and, where not all are labelled, which ones are."""
 
@@ -88,10 +92,25 @@ def write_report(rows, args):
     for (teacher, student), runs in sections.items():
         parts += [f"## {teacher} teaches {student}", about(teachers[teacher], rows, student), table(runs)]
         parts += [answer(runs)] if has_tune(runs) else []
-    parts += ["## Notes", NOTES, f"![The best row of each group on the tune split]({args.data}.png)"]
-    (args.out / f"{args.data}.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    parts += [choices(rows), "## Notes", NOTES, f"![The best row of each group on the tune split]({args.data}.png)"]
+    (args.out / f"{args.data}.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
     draw(sections, args.out / f"{args.data}.png")
     print(f"{args.out / args.data}.md, .png")
+
+
+def choices(rows):
+    "What was tried on the tune split."
+    tried = {}
+    for row in rows:
+        if row["settings"]["stage"] == "tune":
+            s = row["settings"]
+            tried.setdefault((row["name"], s["student"], s["recipe"][4]), []).append(row["tune"])
+    if not tried:
+        return ""
+    lines = [["row", "student", "lr", "accuracy on the tune split", "seeds"], ["---"] * 5]
+    for (name, student, lr), accs in tried.items():
+        lines.append([name if name == ALONE[1] else code(name), student, f"{lr:g}", spread(accs), str(len(accs))])
+    return "## Choices\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def has_tune(runs):
