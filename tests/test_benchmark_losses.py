@@ -132,6 +132,18 @@ def test_choices_are_made_on_the_tune_split(main, capsys):
     assert "chosen on the tune split: {'lr'" in capsys.readouterr().out
 
 
+def test_another_learning_rate_than_the_best_tried_is_reported(helper):
+    def row(stage, lr, tune):
+        return {"name": "student alone", "tune": tune, "settings": {"stage": stage, "recipe": [0, 0, 0, 0, lr]}}
+
+    tried = [row("tune", 0.1, 70.0), row("tune", 0.2, 72.5), row("tune", 0.2, 73.5)]
+    given_lr = helper("report").given_lr
+    assert given_lr([*tried, row("report", 0.2, 0.0)]) == ("", "")
+    option, text = given_lr([*tried, row("report", 0.1, 0.0)])
+    assert option == " --lr 0.1"
+    assert "0.2 is better for the student alone on the tune split: 73.0 instead of 70.0" in text
+
+
 def test_fasterai_runs_on_the_same_seeds(main):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -88,7 +88,7 @@ def write_report(rows, args):
     sections = {key: Runs(its_rows) for key, its_rows in sections.items()}
     if not sections:
         raise ValueError(f"no finished runs of {args.data} in {args.out}")
-    parts = [head(rows, args.data)]
+    parts = [head(rows, args.data), given_lr(rows)[1]]
     for (teacher, student), runs in sections.items():
         parts += [f"## {teacher} teaches {student}", about(teachers[teacher], rows, student), table(runs)]
         parts += [answer(runs)] if has_tune(runs) else []
@@ -125,13 +125,32 @@ def head(rows, data):
     commands = [
         f"python examples/benchmark_losses.py --data {data} --teacher {teacher} --student "
         f"{','.join(unique(s['student'] for s in settings if s['teacher'] == teacher))} --seeds "
-        f"{len(values['seed'])}{peer} --out nbs/results"
+        f"{len(values['seed'])}{given_lr(rows)[0]}{peer} --out nbs/results"
         for teacher in values["teacher"]
     ]
     return (
         f"# Distilled students on {data}\n\n```bash\n" + "\n".join(commands) + "\n```\n\n"
         f"Made by this script, torch {versions['torch']}, fastai {versions['fastai']}, {versions['device']}; the "
         f"single runs, with all settings, are in [{data}.jsonl]({data}.jsonl).\n\n{ABOUT[data]}. {HOW}"
+    )
+
+
+def given_lr(rows):
+    "The option and a sentence, where the learning rate is not the one that was best on the tune split."
+    used = {row["settings"]["recipe"][4] for row in rows if row["settings"]["stage"] == "report"}
+    tried = {}
+    for row in rows:
+        if row["settings"]["stage"] == "tune" and row["name"] == ALONE[1]:
+            tried.setdefault(row["settings"]["recipe"][4], []).append(row["tune"])
+    best = max(tried, key=lambda lr: np.mean(tried[lr]), default=None)
+    if best is None or len(used) > 1 or best in used:
+        return "", ""
+    (lr,) = used
+    have = f" instead of {np.mean(tried[lr]):.1f}" if lr in tried else ""
+    return (
+        f" --lr {lr:g}",
+        f"**The learning rate is {lr:g}, but {best:g} is better for the student alone on the tune split: "
+        f"{np.mean(tried[best]):.1f}{have}. Gains may differ at that one.**",
     )
 
 
