@@ -26,8 +26,8 @@ GROUPS = {
 }
 HOW = (
     "Accuracy in % on the test split, mean ± standard deviation over the seeds; all rows of a table have the same "
-    "images, steps and learning rate. Nothing was chosen on the test split: what was chosen, was on the tune split, "
-    "with other seeds and the first student."
+    "images, steps and learning rate. Nothing was chosen on the test split: the learning rate and the tuned weights "
+    "were, on the tune split, with other seeds and the first student."
 )
 ASKED = (
     "Does anything beat the best single loss with the guide's weights? In each group the row is taken that did best on "
