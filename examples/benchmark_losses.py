@@ -126,10 +126,12 @@ class Bench:
 
     def tune(self, student):
         "The learning rate and the weights that do best on the tune split."
-        best = {"lr": self.recipe.lr}
+        best = {"lr": self.args.lr or self.recipe.lr}
         if not self.args.tune:
             return best
         for name, variants in GRID.items():
+            if name == "lr" and self.args.lr is not None:
+                continue
             if all(part[0] in self.args.losses for v in variants.values() for part in v.parts):
                 means = {}
                 for value, variant in variants.items():
@@ -181,6 +183,7 @@ def parse_args(argv):
     add("--out", type=Path, default=Path("results"), help="folder")
     add("--report", action="store_true", help="no training: only the table and the picture, from the file")
     add("--tune", action=argparse.BooleanOptionalAction, help="choose learning rate and weights; digits, fashion-mnist")
+    add("--lr", type=float, help="of the students, instead of the one chosen")
     for who in ("", "teacher-"):
         for what in ("images", "draws", "epochs"):
             add(f"--{who}{what}", type=int, help=f"of the {who[:-1] or 'students'}; None: as the recipe")

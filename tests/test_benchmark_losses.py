@@ -120,7 +120,8 @@ def test_same_channels_let_fitnet_run(main):
 
 def test_choices_are_made_on_the_tune_split(main, capsys):
     args = [*CNN, "--tune", "--losses=Attention", "--student=2", "--seeds=1", "--images=10"]
-    rows, _ = main("digits", *args)
+    rows, report = main("digits", *args)
+    assert "## Choices" in report
     grid = of(rows, stage="tune")
     assert {row["settings"]["seed"] for row in grid} == {1000, 1001}
     lrs = {row["settings"]["recipe"][4] for row in of(grid, parts=[])}
@@ -129,6 +130,18 @@ def test_choices_are_made_on_the_tune_split(main, capsys):
     assert [means[lr] for lr in chosen] == [max(means.values())]
     assert [row["name"] for row in rows if row["group"] == "tuned"]
     assert "chosen on the tune split: {'lr'" in capsys.readouterr().out
+
+
+def test_another_learning_rate_than_the_best_tried_is_reported(helper):
+    def row(stage, lr, tune):
+        return {"name": "student alone", "tune": tune, "settings": {"stage": stage, "recipe": [0, 0, 0, 0, lr]}}
+
+    tried = [row("tune", 0.1, 70.0), row("tune", 0.2, 72.5), row("tune", 0.2, 73.5)]
+    given_lr = helper("report").given_lr
+    assert given_lr([*tried, row("report", 0.2, 0.0)]) == ("", "")
+    option, text = given_lr([*tried, row("report", 0.1, 0.0)])
+    assert option == " --lr 0.1"
+    assert "0.2 is better for the student alone on the tune split: 73.0 instead of 70.0" in text
 
 
 def test_fasterai_runs_on_the_same_seeds(main):

@@ -49,9 +49,9 @@ def tuned_attention(w):
 
 
 GRID = {
-    "lr": dict.fromkeys((1e-2, 2e-2, 4e-2), ALONE),
-    "SoftTarget": {w: tuned_soft(w) for w in (0.25, 0.5, 0.75, 0.9)},
-    "Attention": {w: tuned_attention(w) for w in (10, 100, 1000)},
+    "lr": dict.fromkeys((1e-2, 2e-2, 4e-2, 8e-2, 0.16), ALONE),
+    "SoftTarget": {w: tuned_soft(w) for w in (0.1, 0.25, 0.5, 0.75, 0.9)},
+    "Attention": {w: tuned_attention(w) for w in (1, 10, 100, 1000)},
 }
 
 
