@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["evaluating", "in_training", "is_compiled"]
+__all__ = ["evaluating", "in_training", "is_compiled", "keeps_state"]
 
 
 @contextmanager
@@ -38,3 +38,9 @@ def in_training(model: nn.Module) -> Iterator[None]:
 def is_compiled(model: nn.Module) -> bool:
     "By torch.compile, as a whole or in parts?"
     return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+
+
+def keeps_state(model: nn.Module) -> bool:
+    "From batch to batch, as fastai's recurrent models, which have a method `reset`? fastai gives DataParallel one too."
+    own = (m for m in model.modules() if not isinstance(m, (nn.DataParallel, nn.parallel.DistributedDataParallel)))
+    return any(callable(getattr(m, "reset", None)) for m in own)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from ._modes import is_compiled
+from ._modes import is_compiled, keeps_state
 from ._tensors import only_tensor, unwrap
 
 __all__ = [
@@ -48,7 +48,7 @@ def why_no_copy(model: nn.Module) -> str:
         return "it has hooks, which must run"
     if is_compiled(model):
         return "it is compiled already"
-    if hasattr(model, "reset"):
+    if keeps_state(model):
         return "it keeps a state between batches"
     if any("forward" in vars(m) for m in model.modules()):  # may be bound to the original
         return "a forward method was replaced"

@@ -9,7 +9,7 @@ import torch
 from fastai.learner import Learner, load_learner
 from torch import Tensor, nn
 
-from ._modes import evaluating
+from ._modes import evaluating, keeps_state
 from ._tensors import only_tensor, plain, shape_of
 
 __all__ = ["Ensemble", "Teacher", "as_teacher", "channels_last", "device_of", "logits"]
@@ -73,7 +73,7 @@ class Teacher:
 
     def keeps_state(self) -> bool:
         "From batch to batch, as fastai's recurrent models?"
-        return any(callable(getattr(m, "reset", None)) for m in self.model.modules())
+        return keeps_state(self.model)
 
     def stamp(self, closely: bool = False) -> tuple[Any, ...]:
         """Changes when a parameter, a buffer or a gradient is written to: fastai's optimizers write to `.data`.

@@ -133,7 +133,7 @@ class TeacherPass:
 
     def _ask(self, teacher: Teacher, xb: Sequence[Any], training: bool) -> tuple[Any, dict[str, Tensor]]:
         if self._may_stop is None:  # not where hooks of the user must run, or a state is kept for the next batch
-            whole = has_hooks(teacher.model) or hasattr(teacher.model, "reset")
+            whole = has_hooks(teacher.model) or teacher.keeps_state()
             self._may_stop = not self.reads_output and not whole
         if training and self._state == "new" and self._hurries:
             self._prepare(teacher, xb)

@@ -193,6 +193,8 @@ def test_known_architectures_give_the_same_outputs_and_features(make, folded, la
 
 
 def test_layers_inside_dataparallel_keep_their_names():
+    import fastai.distributed  # noqa: F401  # gives DataParallel a method `reset`, as recurrent models have
+
     model, x = nn.DataParallel(trained(Net())), torch.randn(2, 3, 16, 16)
     fast, folded = fast_copy(model, ["conv1", "layer1"])
     assert folded == 1
