@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .cache import GIB, TeacherCache
+from .losses.combine import function_of
 from .losses.output import Logits
 from .teacher import Ensemble, Teacher
 from .teacher_pass import TeacherPass
@@ -68,13 +69,13 @@ def loss_parameters(loss: Callable[..., Any]) -> dict[str, bool]:
 
 def reads_predictions(loss: Callable[..., Any]) -> bool:
     "Of the teacher: yes, unless its attribute of this name says no, and not one that functools.wraps copied."
-    own = getattr(loss, "func", loss)
+    own = function_of(loss)
     return bool(getattr(own, "reads_predictions", True)) or hasattr(own, "__wrapped__")
 
 
 def needs_equal_shapes(loss: Callable[..., Any]) -> bool:
     "Of its features, so that an adapter is for it: as its attribute of this name says, else if it names them."
-    wanted = getattr(getattr(loss, "func", loss), "needs_equal_shapes", None)
+    wanted = getattr(function_of(loss), "needs_equal_shapes", None)
     return "fm_s" in loss_parameters(loss) if wanted is None else bool(wanted)
 
 
@@ -116,7 +117,7 @@ def check_stored(cache: TeacherCache | None, source: Teacher, losses: Sequence[C
             "the teacher has a method `reset`, so it is recurrent and keeps a state from batch to batch: its outputs "
             "cannot be stored by sample, use no cache"
         )
-    if cache.packing.top_k and any(getattr(loss, "func", loss) is Logits for loss in losses):
+    if cache.packing.top_k and any(function_of(loss) is Logits for loss in losses):
         raise ValueError("a cache with top_k keeps probabilities, Logits compares raw outputs: give no top_k")
 
 
@@ -144,7 +145,7 @@ def check_ensemble(source: Teacher, losses: Sequence[Callable[..., Any]], layers
     "What an ensemble cannot give: layers, raw outputs."
     if isinstance(source, Ensemble) and layers:
         raise ValueError("an ensemble has no common layers to compare: give one teacher, or a loss on outputs")
-    if isinstance(source, Ensemble) and any(getattr(loss, "func", loss) is Logits for loss in losses):
+    if isinstance(source, Ensemble) and any(function_of(loss) is Logits for loss in losses):
         raise ValueError("an ensemble gives log-probabilities, Logits compares raw outputs: give one teacher")
 
 

@@ -1,28 +1,23 @@
 "How task and distillation loss become one."
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._arguments import check_weights
+from .losses.combine import factor_at
 
-__all__ = ["blend", "factor_of", "scheduled"]
-
-
-def factor_of(schedule: Any) -> Callable[[float], float]:
-    "Of a `Schedule` or a function: share of the training done → factor."
-    return getattr(schedule, "progress", schedule)
+__all__ = ["blend", "scheduled"]
 
 
 def scheduled(weight: float, schedule: Any, pct: float, task_weight: float | None) -> float:
     "The weight at this share of the training; ValueError where the schedule makes it one that cannot be."
     where = ""
     if schedule is not None:
-        factor = factor_of(schedule)(pct)
+        factor = factor_at(schedule, pct)
         where = f" at {pct:.0%} of the training, where the schedule gives {factor:g}"
-        weight = round(float(weight * factor), 12)
+        weight = round(weight * factor, 12)
     check_weights(weight, task_weight, where)
     return weight
 

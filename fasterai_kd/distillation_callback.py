@@ -94,6 +94,7 @@ class KnowledgeDistillationCallback(Callback):
         check_weights(weight, task_weight)
         check_schedule(schedule)
         check_teacher_runs(teacher_dtype, compile_teacher)
+        check_tfm(teacher_tfm)
         self._ask_teacher = as_teacher(teacher)
         self.loss, self.weight, self.schedule = loss, weight, schedule
         self.task_weight, self.distill_valid = task_weight, distill_valid
@@ -101,7 +102,6 @@ class KnowledgeDistillationCallback(Callback):
         self.teacher_dtype, self.teacher_tfm = teacher_dtype, teacher_tfm
         self._parts, self._adapters = LossParts(), Adapters(adapter)
         self._teacher_pass = TeacherPass(fast_teacher, compile_teacher, check_cache(cache, cache_size))
-        check_tfm(teacher_tfm)
         self._init_state()
         self._look_at_loss()
         self.current_weight = self._base_weight()

@@ -13,7 +13,7 @@ from ._arguments import check_layers, check_schedule, loss_parameters, needs_equ
 from ._tensors import plain
 from .adapters import Adapt
 from .losses import DecoupledKD
-from .losses.combine import CombinedLoss, Part, name_of
+from .losses.combine import CombinedLoss, Part, function_of, name_of
 
 __all__ = ["LossCall"]
 
@@ -30,11 +30,11 @@ class LossCall:
         student: Sequence[str],  # layers for parts that name none
         teacher: Sequence[str],
     ):
-        self.loss = loss
         own = {"student": list(student), "teacher": list(teacher)}
         parts = loss.parts if isinstance(loss, CombinedLoss) else [Part(name_of(loss), loss)]
         self.parts = [replace(p, pairs=own if p.pairs is None else p.pairs) for p in parts]
         self._params = {p.name: loss_parameters(p.loss) for p in self.parts}
+        self._adapts = {p.name for p in self.parts if needs_equal_shapes(p.loss)}
         self._checked = False
         together: dict[tuple[str, str], None] = {}
         for p in self.parts:
@@ -74,12 +74,12 @@ class LossCall:
         self, part: Part, outputs: dict[str, Any], y: Any, mix: MixHandler | None, adapt: Adapt | None
     ) -> Tensor:
         outputs = outputs | part.select(outputs["fm_s"], outputs["fm_t"])
-        if adapt is not None and needs_equal_shapes(part.loss):
+        if adapt is not None and part.name in self._adapts:
             outputs |= adapt(outputs["fm_s"], outputs["fm_t"])
         if mix is None or "target" not in self._params[part.name]:
             value = part.loss(**outputs, target=y)
         else:  # the loss on two labels, mixed: of each sample where we know how, else of the batch
-            each = {"reduction": "none"} if getattr(part.loss, "func", part.loss) is DecoupledKD else {}
+            each = {"reduction": "none"} if function_of(part.loss) is DecoupledKD else {}
             value, value1 = (part.loss(**outputs, target=t, **each) for t in (y, plain(detuplify(mix.yb1))))
             value = torch.lerp(value1, value, mix.lam.to(value.dtype)).mean()
         if not isinstance(value, Tensor) or value.ndim:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._tensors import by_position
 from ._pairs import total
 
-__all__ = ["CombinedLoss", "Part", "combine"]
+__all__ = ["CombinedLoss", "Part", "combine", "factor_at", "function_of", "name_of"]
 
 _RESERVED = ("task_loss", "kd_loss", "weight")
 Pairs = Mapping[str, Sequence[str]]
@@ -28,8 +28,7 @@ class Part:
 
     def weight_at(self, pct: float) -> float:
         "At this share of the training."
-        factor = 1.0 if self.schedule is None else getattr(self.schedule, "progress", self.schedule)(pct)
-        return self.weight * float(factor)
+        return self.weight * (1.0 if self.schedule is None else factor_at(self.schedule, pct))
 
     def select(self, fm_s: Mapping[str, Tensor] | None, fm_t: Mapping[str, Tensor] | None) -> dict[str, Any]:
         "Of all features, those of its layers."
@@ -91,9 +90,19 @@ def combine(
     return CombinedLoss(made)
 
 
+def factor_at(schedule: Any, pct: float) -> float:
+    "Of a `Schedule` or a function: share of the training done → factor."
+    return float(getattr(schedule, "progress", schedule)(pct))
+
+
+def function_of(loss: Callable[..., Any]) -> Any:
+    "Without the arguments that a `partial` sets."
+    return getattr(loss, "func", loss)
+
+
 def name_of(loss: Callable[..., Any]) -> str:
     "As the user knows it."
-    loss = getattr(loss, "func", loss)  # of a partial
+    loss = function_of(loss)
     return getattr(loss, "__name__", type(loss).__name__)
 
 
