@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore", message="`torch.jit.script`")  # raised by fas
 import fastai  # noqa: E402
 from benchmarks.data import get_task  # noqa: E402
 from benchmarks.report import write_report  # noqa: E402
-from benchmarks.variants import GRID, get_callback, get_variants, misfit  # noqa: E402
+from benchmarks.variants import GRID, adapter, get_callback, get_variants, peer_has  # noqa: E402
 from fastai.vision.all import *  # noqa: E402
 
 from fasterai_kd.all import *  # noqa: E402
@@ -111,6 +111,7 @@ class Bench:
         recipe = self.recipe._replace(lr=lr)
         what = {"stage": stage, "library": library, "student": student, "recipe": list(recipe), "seed": seed}
         how = {"parts": variant.parts, "weight": variant.weight, "task_weight": variant.task_weight}
+        how |= {"adapter": adapter(variant)} if adapter(variant) else {}
         group = f"{stage}, {variant.group}" if stage == "tune" else variant.group
 
         def train():
@@ -148,11 +149,8 @@ class Bench:
         for seed in range(self.args.seeds):
             for student in self.args.student:
                 for variant in get_variants(best, self.args.losses):
-                    if reason := misfit(variant, self.pairs(student)):
-                        print(f"{student}, seed {seed}, {variant.group}: {variant.name} is left out: {reason}")
-                        continue
                     self.run(variant, student, seed, best["lr"])
-                    if self.args.peer and variant.group in ("", "default"):
+                    if self.args.peer and peer_has(variant, self.pairs(student)):
                         self.run(variant, student, seed, best["lr"], library="fasterai")
 
 

@@ -12,7 +12,7 @@ from fasterai_kd.all import *
 
 LOSSES = {f.__name__: f for f in (SoftTarget, DecoupledKD, Logits, Mutual, DIST)}  # of outputs
 LOSSES |= {f.__name__: f for f in (Attention, Similarity, FitNet, ActivationBoundaries, RKD, PKT)}
-SAME_CHANNELS = ("FitNet", "ActivationBoundaries")
+ADAPTED = ("FitNet", "ActivationBoundaries")  # compare value by value: `adapter="auto"` where channels differ
 
 
 class Variant(NamedTuple):
@@ -49,7 +49,7 @@ def tuned_attention(w):
 
 
 GRID = {
-    "lr": dict.fromkeys((1e-2, 2e-2, 4e-2, 8e-2, 0.16), ALONE),
+    "lr": dict.fromkeys((1e-2, 2e-2, 4e-2, 8e-2, 0.16, 0.32), ALONE),
     "SoftTarget": {w: tuned_soft(w) for w in (0.1, 0.25, 0.5, 0.75, 0.9)},
     "Attention": {w: tuned_attention(w) for w in (1, 10, 100, 1000)},
 }
@@ -65,7 +65,7 @@ def get_variants(
         ALONE,
         *[Variant("default", name, [output(name)]) for name in ("SoftTarget", "DecoupledKD", "Logits", "Mutual")],
         Variant("default", "Attention", [layers("Attention")], 0.9),
-        *[Variant("default", name, [layers(name)]) for name in ("Similarity", *SAME_CHANNELS)],
+        *[Variant("default", name, [layers(name)]) for name in ("Similarity", *ADAPTED)],
         Variant("published", "SoftTarget(T=4)", [soft(4)], 0.9, 0.1),
         Variant("published", "DecoupledKD", [output("DecoupledKD")], 1, 1),
         Variant("published", "Attention", [layers("Attention")], 1000, 1),
@@ -76,7 +76,7 @@ def get_variants(
         Variant("newer", "RKD, last map", [layers("RKD", "last")], 1, 1),
         Variant("newer", "PKT, last map", [layers("PKT", "last")], 30000, 1),
         Variant("auto", "SoftTarget(T=4)", [soft(4)], "auto"),
-        Variant("auto", "Attention", [layers("Attention")], "auto"),
+        *[Variant("auto", f, [layers(f)], "auto") for f in ("Attention", "FitNet")],
         *[Variant("auto", f"{f}, last map", [layers(f, "last")], "auto") for f in ("Similarity", "RKD", "PKT")],
         Variant("combined", "SoftTarget(T=4) + Attention, published", both(0.9, 1000), 1, 0.1),
         Variant("combined", "SoftTarget(T=4) + Attention, auto", both(0.9, 1000), "auto"),
@@ -98,12 +98,14 @@ def both(soft_weight, attention_weight):
     return [soft(4, round(soft_weight, 6)), layers("Attention", weight=round(attention_weight, 6))]
 
 
-def misfit(variant, pairs):
-    "Why the student cannot be trained so, or None."
-    unequal = [row.channels for row in pairs.rows if row.fit != "all"]
-    if unequal and any(part[0] in SAME_CHANNELS for part in variant.parts):
-        return f"channels differ, {unequal[0]}"
-    return None
+def adapter(variant):
+    return "auto" if any(part[0] in ADAPTED for part in variant.parts) else None
+
+
+def peer_has(variant, pairs):
+    "Whether fasterai can train so: it blends, has eight losses and no adapters."
+    equal = all(row.fit == "all" for row in pairs.rows)
+    return variant.group in ("", "default") and (equal or adapter(variant) is None)
 
 
 def get_callback(variant, teacher, pairs, library="fasterai_kd"):
@@ -117,7 +119,7 @@ def get_callback(variant, teacher, pairs, library="fasterai_kd"):
         loss = partial(LOSSES[name], **kwargs) if kwargs else LOSSES[name]
         last = {side: names[-1:] for side, names in pairs.items()}
         parts.append((loss, weight, {None: None, "all": pairs, "last": last}[which]))
-    kwargs = {"weight": variant.weight, "task_weight": variant.task_weight}
+    kwargs = {"weight": variant.weight, "task_weight": variant.task_weight, "adapter": adapter(variant)}
     (loss, _, compared), *more = parts
     if more:
         return [KnowledgeDistillationCallback(teacher, combine(*parts), **kwargs)]

@@ -1,0 +1,52 @@
+"The documentation site: sphinx-build -W nbs nbs/_build"
+
+from inspect import Parameter
+
+from fastcore.docments import docments
+from sphinx.util.typing import stringify_annotation
+
+import fasterai_kd
+
+project = "fasterai_kd"
+release = version = fasterai_kd.__version__
+copyright = "the fasterai_kd contributors"
+html_title = f"fasterai_kd {version}"
+html_theme = "furo"
+html_show_sphinx = False
+
+extensions = ["myst_nb", "sphinx.ext.autodoc"]
+exclude_patterns = ["_build"]
+nb_execution_mode = "off"  # notebooks are stored with their outputs, and run by the tests
+nb_ipywidgets_js = {}  # there are no widgets: nothing is loaded from elsewhere
+myst_heading_anchors = 3
+suppress_warnings = ["mystnb.unknown_mime_type"]
+
+default_role = "literal"  # docstrings write `names` as Markdown does
+autodoc_typehints = "none"  # types stand with the parameters
+autodoc_member_order = "bysource"
+maximum_signature_line_length = 88
+
+
+def add_docments(app, what, name, obj, options, lines):
+    "Parameters, their types and the comments beside them become the page's list of parameters."
+    for i in reversed(range(len(lines))):
+        lines[i] = lines[i].replace("|", r"\|")  # |x| is no substitution
+        if lines[i].startswith(("Raises ", "Returns ", "Source")):
+            lines.insert(i, "")  # a paragraph of its own
+    if what not in ("class", "function", "method"):
+        return
+    found = docments(obj, full=True)
+    of_kwargs = found.pop("return", {}).get("docment")  # fastcore takes the comment beside **kwargs for the result's
+    lines.append("")
+    for name, about in found.items():
+        starred = about["kind"] is Parameter.VAR_KEYWORD
+        comment = of_kwargs if starred else about["docment"]
+        if name == "self" or (starred and not comment):
+            continue
+        lines.append(f":param {name}: {comment or ''}")
+        if about["anno"] is not Parameter.empty:
+            lines.append(f":type {name}: {stringify_annotation(about['anno'], 'smart')}")
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", add_docments)
