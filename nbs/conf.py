@@ -2,7 +2,9 @@
 
 from inspect import Parameter
 
+from docutils.nodes import SkipNode
 from fastcore.docments import docments
+from latex2mathml.converter import convert
 from sphinx.util.typing import stringify_annotation
 
 import fasterai_kd
@@ -18,7 +20,9 @@ extensions = ["myst_nb", "sphinx.ext.autodoc"]
 exclude_patterns = ["_build"]
 nb_execution_mode = "off"  # notebooks are stored with their outputs, and run by the tests
 nb_ipywidgets_js = {}  # there are no widgets: nothing is loaded from elsewhere
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+html_math_renderer = "mathml"  # what browsers read without a script from elsewhere
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 default_role = "literal"  # docstrings write `names` as Markdown does
@@ -48,5 +52,11 @@ def add_docments(app, what, name, obj, options, lines):
             lines.append(f":type {name}: {stringify_annotation(about['anno'], 'smart')}")
 
 
+def add_formula(translator, node):
+    translator.body.append(convert(node.astext(), display="block" if node.tagname == "math_block" else "inline"))
+    raise SkipNode
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", (add_formula, None), (add_formula, None))
     app.connect("autodoc-process-docstring", add_docments)

@@ -39,7 +39,7 @@ NOTES = """\
   few channels cannot follow every map of its teacher.
 - On two classes `DecoupledKD` equals `SoftTarget` at T=4, up to its weight: there are no other classes to decouple.
 - `FitNet` and `ActivationBoundaries` compare maps value by value, so they have `adapter="auto"`: a 1x1 convolution with
-  BatchNorm that learns along where channels differ. fasterai has none, so it is beside them only where channels are equal.
+  BatchNorm that learns along where channels differ. fasterai has none, so it is beside them only where they are equal.
 - fasterai blends, so it has no rows where the task loss has a weight of its own, and eight losses.
 - Many rows and few seeds: a difference of one row may be chance. The tune split is small too, and its picks change
   with the seeds. Trainings are short; with longer ones, other data or models the order may be another.

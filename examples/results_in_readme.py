@@ -1,0 +1,89 @@
+"""The README's table and picture of results, from the files of benchmark_losses.py alone.
+
+python results_in_readme.py
+"""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+warnings.filterwarnings("ignore", message="`torch.jit.script`")  # raised by fastai's import under a new torch
+
+from benchmarks.report import ALONE, Runs  # noqa: E402
+
+from fasterai_kd.show import plot_comparison  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- made by examples/results_in_readme.py -->\n", "<!-- end -->\n"
+COLUMNS = {  # data and student → its name
+    ("digits", "6"): "handwritten digits",
+    ("fashion-mnist", "8"): "Fashion-MNIST, 8 channels",
+    ("fashion-mnist", "4"): "Fashion-MNIST, 4 channels",
+}
+EIGHT = ("SoftTarget", "DecoupledKD", "Logits", "Mutual", "Attention", "Similarity", "FitNet", "ActivationBoundaries")
+ROWS = {  # group and name, or how it begins → its name here
+    ALONE: "student alone",
+    **{("default", name): f"`{name}`" for name in EIGHT},
+    ("published", "Attention"): "`Attention`, published weight",
+    ("published", "FitNet"): "`FitNet`, published weight",
+    ("newer", "DIST"): "`DIST`",
+    ("newer", "RKD"): "`RKD`",
+    ("newer", "PKT"): "`PKT`",
+    ("auto", "SoftTarget"): '`SoftTarget`, `weight="auto"`',
+    ("auto", "Attention"): '`Attention`, `weight="auto"`',
+    ("combined", "SoftTarget(T=4) + Attention, tuned"): "`SoftTarget` + `Attention`, weights tuned",
+}
+DRAWN = (
+    "student alone",
+    *(f"`{name}`" for name in ("SoftTarget", "Attention", "FitNet", "RKD")),
+    *list(ROWS.values())[-1:],
+)
+
+
+def accuracies() -> dict[str, dict[str, np.ndarray]]:
+    "Name of the column → name of the row → accuracy of each seed, in %."
+    found = {}
+    for (data, student), column in COLUMNS.items():
+        lines = (ROOT / "nbs" / "results" / f"{data}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if row["settings"]["stage"] == "report"]
+        runs = Runs(row for row in rows if row["settings"]["student"] == student)
+        found[column] = {}
+        for (group, start), row in ROWS.items():
+            (name,) = [n for g, n in runs.accs if g == group and n.startswith(start)]
+            found[column][row] = np.array(runs.test((group, name)))
+    return found
+
+
+def table(accs) -> str:
+    lines = [["", *accs], ["---"] * (1 + len(accs))]
+    for row in ROWS.values():
+        cells = [row]
+        for column in accs.values():
+            a, base = column[row], column["student alone"]
+            gain = "" if row == "student alone" else f" ({a.mean() - base.mean():+.1f})"
+            cells.append(f"{a.mean():.1f} ± {a.std(ddof=1):.1f}{gain}")
+        lines.append(cells)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def draw(accs, path):
+    fig = Figure(figsize=(12, 4), layout="constrained")
+    for ax, column in zip(fig.subplots(1, 2), list(accs)[:2], strict=True):
+        shown = {row.replace("`", ""): accs[column][row] for row in DRAWN}
+        plot_comparison(shown, "student alone", ax)
+        ax.set(title=column, xlabel="test accuracy in %, a point for each of 5 seeds")
+    fig.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main(readme=ROOT / "README.md", picture=ROOT / "nbs" / "images" / "results.png"):
+    accs = accuracies()
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    readme.write_text(before + BEGIN + table(accs) + END + rest.partition(END)[2], encoding="utf-8")
+    draw(accs, picture)
+
+
+if __name__ == "__main__":
+    main()

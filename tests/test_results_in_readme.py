@@ -1,0 +1,39 @@
+"The README's table and picture of results are what the script makes of the stored results."
+
+import runpy
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def script():
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.syspath_prepend(ROOT / "examples")
+        yield runpy.run_path(str(ROOT / "examples" / "results_in_readme.py"))
+    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
+        del sys.modules[name]
+
+
+def test_the_table_is_made_from_the_stored_results_and_the_rest_of_the_page_stays(script, tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    made = tmp_path / "README.md"
+    made.write_text(readme.replace("| student alone |", "| somebody else |"), encoding="utf-8")
+    script["main"](made, tmp_path / "results.png")
+    assert made.read_text(encoding="utf-8") == readme, "run python examples/results_in_readme.py"
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_cell_is_mean_spread_and_gain_over_the_seeds(script):
+    accs = script["accuracies"]()
+    column = accs["handwritten digits"]
+    assert all(len(a) == 5 for column in accs.values() for a in column.values())
+    soft, alone = column["`SoftTarget`"], column["student alone"]
+    row = next(line for line in script["table"](accs).splitlines() if line.startswith("| `SoftTarget` |"))
+    cell = f"{soft.mean():.1f} ± {soft.std(ddof=1):.1f} ({soft.mean() - alone.mean():+.1f})"
+    assert row.split(" | ")[1] == cell
