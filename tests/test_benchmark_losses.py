@@ -8,6 +8,7 @@ import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,14 +109,23 @@ def test_the_report_says_how_it_was_made_and_what_was_compared(main):
     assert "1 thread" in report
     assert "On two classes `DecoupledKD` equals `SoftTarget`" in report
     assert "Feature losses can lose" in report
-    assert "`FitNet`" not in "".join(line for line in report.splitlines() if line.startswith("| "))  # channels differ
     assert report.count("one seed") >= 4
     assert "Does anything beat the best single loss" in report
 
 
-def test_same_channels_let_fitnet_run(main):
-    rows, _ = main("digits", *CNN, "--losses=FitNet,ActivationBoundaries", "--student=4", "--seeds=1")
-    assert [row["name"] for row in rows[2:]] == ["FitNet", "ActivationBoundaries", "FitNet"]
+def test_fitnet_runs_with_an_adapter_and_fasterai_only_where_channels_are_equal(main, helper):
+    rows, _ = main("digits", *CNN, "--losses=FitNet,ActivationBoundaries", "--student=2", "--seeds=1")
+    assert [row["name"] for row in rows[2:]] == ["FitNet", "ActivationBoundaries", "FitNet", "FitNet"]
+    assert all(row["settings"]["adapter"] == "auto" for row in rows[2:])
+
+    of_peer = helper("variants").peer_has
+    fitnet, soft = (
+        next(v for v in helper("variants").get_variants(None) if v.name == name) for name in ("FitNet", "SoftTarget")
+    )
+    for fit, expected in (("all", True), ("Attention, Similarity", False)):
+        pairs = SimpleNamespace(rows=[SimpleNamespace(fit=fit)])
+        assert of_peer(soft, pairs)
+        assert of_peer(fitnet, pairs) is expected
 
 
 def test_choices_are_made_on_the_tune_split(main, capsys):
