@@ -13,6 +13,7 @@ FAST = {  # set after the cell tagged "parameters"
     "03_layers": "epochs, draws = 1, 320",
     "04_combining": "epochs, draws, seeds = 1, 480, 1",
     "06_faster": "epochs, n_images = 2, 200",
+    "07_coming_from": "epochs, draws = 1, 200",
     "02_losses_guide": """
 size, n_images, bs, num_workers = 64, 40, 8, 0
 epochs = teacher_epochs = 1
