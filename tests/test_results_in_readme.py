@@ -35,5 +35,5 @@ def test_a_cell_is_mean_spread_and_gain_over_the_seeds(script):
     assert all(len(a) == 5 for column in accs.values() for a in column.values())
     soft, alone = column["`SoftTarget`"], column["student alone"]
     row = next(line for line in script["table"](accs).splitlines() if line.startswith("| `SoftTarget` |"))
-    cell = f"{soft.mean():.1f} ± {soft.std(ddof=1):.1f} ({soft.mean() - alone.mean():+.1f})"
+    cell = f"{soft.mean():.1f} ± {soft.std(ddof=1):.1f} ({(soft - alone).mean():+.1f})"
     assert row.split(" | ")[1] == cell
