@@ -12,6 +12,7 @@ FAST = {  # set after the cell tagged "parameters"
     "01_quickstart": "epochs, seeds = 1, 1",
     "03_layers": "epochs, draws = 1, 320",
     "04_combining": "epochs, draws, seeds = 1, 480, 1",
+    "05_your_own": "epochs, seeds, draws, n_texts = 1, 1, 240, 30",
     "06_faster": "epochs, n_images = 2, 200",
     "02_losses_guide": """
 size, n_images, bs, num_workers = 64, 40, 8, 0
