@@ -10,14 +10,9 @@ from pets import make_pets_home
 NBS = sorted((Path(__file__).parent.parent / "nbs").glob("*.ipynb"))
 FAST = {  # set after the cell tagged "parameters"
     "01_quickstart": "epochs, seeds = 1, 1",
-<<<<<<< HEAD
     "03_layers": "epochs, draws = 1, 900",
     "04_combining": "epochs, draws, seeds = 1, 900, 1",
-=======
-    "03_layers": "epochs, draws = 1, 320",
-    "04_combining": "epochs, draws, seeds = 1, 480, 1",
     "05_your_own": "epochs, seeds, draws, n_texts = 1, 1, 240, 30",
->>>>>>> wip-nb05
     "06_faster": "epochs, n_images = 2, 200",
     "07_coming_from": "epochs, draws = 1, 200",
     "02_losses_guide": """
