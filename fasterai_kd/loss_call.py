@@ -10,7 +10,7 @@ from fastcore.basics import detuplify
 from torch import Tensor, nn
 
 from ._arguments import check_layers, check_schedule, loss_parameters, needs_equal_shapes, reads_predictions
-from ._tensors import plain
+from ._tensors import plain, shape_of
 from .adapters import Adapt
 from .losses import DecoupledKD
 from .losses.combine import CombinedLoss, Part, function_of, name_of
@@ -83,5 +83,6 @@ class LossCall:
             value, value1 = (part.loss(**outputs, target=t, **each) for t in (y, plain(detuplify(mix.yb1))))
             value = torch.lerp(value1, value, mix.lam.to(value.dtype)).mean()
         if not isinstance(value, Tensor) or value.ndim:
-            raise TypeError(f"the distillation loss must return a scalar tensor, got {value!r}")
+            got = f"one of shape {shape_of(value)}: take its mean" if isinstance(value, Tensor) else repr(value)
+            raise TypeError(f"the distillation loss must return a scalar tensor, got {got}")
         return value

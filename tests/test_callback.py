@@ -83,7 +83,7 @@ BAD_FITS = [
     (ValueError, "Attention compares feature maps .* 'head'", lambda t: (t, Attention, "head", "head")),
     (ValueError, "same model", lambda t: (None, SoftTarget)),
     (TypeError, "must return a scalar tensor", lambda t: (t, lambda **_: 0.0)),
-    (TypeError, "must return a scalar tensor", lambda t: (t, lambda pred, **_: pred)),
+    (TypeError, r"a scalar tensor, got one of shape \(\d+, \d+\): take", lambda t: (t, lambda pred, **_: pred)),
     (ValueError, "DecoupledKD needs `target`", lambda t: (t, lambda target, **k: DecoupledKD(**k))),
 ]  # fmt: skip
 
