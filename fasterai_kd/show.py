@@ -117,7 +117,7 @@ def plot_losses(
     right.plot(kd.history["weight"], color=GREY, ls=":", label="weight (right)")
     right.set(ylabel="weight", ylim=(0, 1.05 * max(kd.history["weight"]) or 1))
     lines = [*ax.get_legend_handles_labels()[0], *right.lines]
-    ax.legend(handles=lines, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(lines), frameon=False)
+    ax.legend(handles=lines, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(3, len(lines)), frameon=False)
     return ax
 
 
