@@ -8,6 +8,7 @@ import sys
 import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 
@@ -15,9 +16,8 @@ import pytest
 
 import fasterai_kd
 
-pytest.importorskip("sphinx", reason='needs pip install -e ".[docs]"')
-sync_api = pytest.importorskip("playwright.sync_api", reason='needs pip install -e ".[docs]"')
-
+MISSING = [name for name in ("sphinx", "myst_nb", "furo", "latex2mathml", "playwright") if find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason='needs pip install -e ".[docs]"')
 NBS = Path(__file__).parents[1] / "nbs"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -36,7 +36,9 @@ def browser():
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None and not os.environ.get("CI"):
         pytest.skip("needs Chromium or Chrome")
-    with sync_api.sync_playwright() as playwright:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
