@@ -16,7 +16,7 @@ FAST = {  # set after the cell tagged "parameters"
     "06_faster": "epochs, n_images = 2, 200",
     "07_coming_from": "epochs, draws = 1, 200",
     "02_losses_guide": """
-size, n_images, bs, num_workers = 64, 40, 8, 0
+size, n_images, bs, num_workers = 64, 24, 8, 0
 epochs = teacher_epochs = 1
 pretrained = False
 """,
