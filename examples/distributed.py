@@ -3,8 +3,9 @@
     accelerate launch --multi_gpu distributed.py                      # all GPUs of this machine
     accelerate launch --cpu --num_processes 2 distributed.py --cpu    # a try on two CPU processes
 
-Only `with student.distrib_ctx()` differs from training in one process. Each process has the teacher, which is not
-wrapped, and the student's features come from inside the wrapper. Generated pictures stand in for data.
+Only `with student.distrib_ctx()`, and `teardown_distrib()` at the end, differ from training in one process. Each
+process has the teacher, which is not wrapped, and the student's features come from inside the wrapper. Generated
+pictures stand in for data.
 """
 
 import argparse
@@ -67,3 +68,4 @@ def main(argv: list[str] | None = None) -> float:
 
 if __name__ == "__main__":
     main()
+    teardown_distrib()  # else torch sometimes aborts a process that ends

@@ -607,6 +607,7 @@ results = {}
 for name, adapter, cbs in (("conv", conv, []), ("accumulated", conv, [GradientAccumulation(8)]), ("auto", "auto", [])):
     results[name] = fit(2, adapter, cbs), fit(1, adapter, [GradientAccumulation(16)] if cbs else [])
 torch.save(results, f"{rank}.pt")
+teardown_distrib()  # else torch sometimes aborts a process that ends
 """
 
 

@@ -72,6 +72,7 @@ with contextlib.redirect_stdout(io.StringIO()), learn.distrib_ctx(sync_bn=False,
 assert type(kd.teacher) is Net
 results["EMATeacher"] = [p.detach() for p in kd.teacher.parameters()], [0, 0, 0]
 torch.save((results, printed.getvalue()), f"{world}-{rank}.pt")
+teardown_distrib()  # else torch sometimes aborts a process that ends
 """
 
 
