@@ -1,7 +1,11 @@
 "Tiny models and loaders, once for all tests."
 
 import os
+import runpy
+import sys
 import warnings
+from contextlib import contextmanager
+from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 with warnings.catch_warnings():  # of fastai's own imports; everything else is an error
@@ -101,6 +105,18 @@ def make_learner(dls, student):
         return learn.remove_cb(learn.progress) if hasattr(learn, "progress") else learn
 
     return make
+
+
+@contextmanager
+def example(name):
+    "The names in a script of examples/, whose helpers can be imported meanwhile."
+    script = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of other libraries' imports, to compare with
+        patch.syspath_prepend(script.parent)
+        yield runpy.run_path(str(script))
+    for name in [name for name in sys.modules if name.split(".")[0] in ("benchmarks", "quickstart")]:
+        del sys.modules[name]
 
 
 def hooks(model):

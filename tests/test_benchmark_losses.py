@@ -3,34 +3,26 @@
 import gzip
 import json
 import re
-import runpy
-import sys
 import warnings
 from importlib import import_module
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import example
 from fastai.data.external import fastai_cfg
 from fastai.learner import Learner
 from pets import make_pets_home
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "benchmark_losses.py"
 TINY = ["--epochs=1", "--teacher-epochs=1", "--seeds=2", "--losses=SoftTarget,Attention"]
 CNN = [*TINY, "--teacher=4", "--student=2,3", "--images=20", "--draws=64", "--teacher-draws=64", "--no-tune"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    "Its names; and its helpers, importable while the tests run."
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        patch.syspath_prepend(SCRIPT.parent)
-        yield runpy.run_path(str(SCRIPT))
-    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
-        del sys.modules[name]
+    with example("benchmark_losses") as names:
+        yield names
 
 
 @pytest.fixture

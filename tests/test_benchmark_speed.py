@@ -2,15 +2,11 @@
 
 import json
 import re
-import runpy
-import sys
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import example
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "benchmark_speed.py"
 TINY = ["--student-arch=squeezenet1_1", "--teacher-arch=squeezenet1_1", "--px=32", "--bs=2", "--steps=1", "--rounds=1"]
 STEPS = ["student alone", "limit", "ours", "ours, fast_teacher", "ours, cache", "fasterai", "torchdistill"]
 OUTPUT = ("SoftTarget", "DecoupledKD", "Logits", "Mutual")
@@ -19,12 +15,8 @@ ABSENT = r"not installed|no `\w+` here"
 
 @pytest.fixture(scope="module")
 def main():
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torchdistill's and fasterai's imports
-        patch.syspath_prepend(SCRIPT.parent)
-        yield runpy.run_path(str(SCRIPT))["main"]
-    for name in [name for name in sys.modules if name.split(".")[0] in ("benchmarks", "quickstart")]:
-        del sys.modules[name]
+    with example("benchmark_speed") as names:
+        yield names["main"]
 
 
 def table(out):

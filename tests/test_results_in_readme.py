@@ -1,23 +1,17 @@
 "The README's table and picture of results are what the script makes of the stored results."
 
-import runpy
-import sys
-import warnings
 from pathlib import Path
 
 import pytest
+from conftest import example
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def script():
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        patch.syspath_prepend(ROOT / "examples")
-        yield runpy.run_path(str(ROOT / "examples" / "results_in_readme.py"))
-    for name in [name for name in sys.modules if name.split(".")[0] == "benchmarks"]:
-        del sys.modules[name]
+    with example("results_in_readme") as names:
+        yield names
 
 
 def test_the_table_is_made_from_the_stored_results_and_the_rest_of_the_page_stays(script, tmp_path):
