@@ -77,12 +77,28 @@ class LossCall:
         if adapt is not None and part.name in self._adapts:
             outputs |= adapt(outputs["fm_s"], outputs["fm_t"])
         if mix is None or "target" not in self._params[part.name]:
-            value = part.loss(**outputs, target=y)
+            value = _call(part, outputs, target=y)
         else:  # the loss on two labels, mixed: of each sample where we know how, else of the batch
             each = {"reduction": "none"} if function_of(part.loss) is DecoupledKD else {}
-            value, value1 = (part.loss(**outputs, target=t, **each) for t in (y, plain(detuplify(mix.yb1))))
+            value, value1 = (_call(part, outputs, target=t, **each) for t in (y, plain(detuplify(mix.yb1))))
             value = torch.lerp(value1, value, mix.lam.to(value.dtype)).mean()
         if not isinstance(value, Tensor) or value.ndim:
             got = f"one of shape {shape_of(value)}: take its mean" if isinstance(value, Tensor) else repr(value)
             raise TypeError(f"the distillation loss must return a scalar tensor, got {got}")
         return value
+
+
+def _call(part: Part, outputs: dict[str, Any], **kwargs: Any) -> Any:
+    "The loss; torch's errors say nothing of layers and shapes, so they are added."
+    try:
+        return part.loss(**outputs, **kwargs)
+    except RuntimeError as e:
+        if type(e) is not RuntimeError:  # out of memory, not implemented
+            raise
+        shapes = [f"{name} {shape_of(x)}" for name, x in outputs.items() if isinstance(x, Tensor)]
+        hint = ""
+        for (name_s, s), (name_t, t) in zip(outputs["fm_s"].items(), outputs["fm_t"].items(), strict=True):
+            shapes.append(f"student layer {name_s!r} {shape_of(s)} and teacher layer {name_t!r} {shape_of(t)}")
+            if s.shape != t.shape:
+                hint = ". The callback's adapter='auto' brings layers to one shape"
+        raise RuntimeError(f"{part.name}: {e}. It got {', '.join(shapes)}{hint}") from e

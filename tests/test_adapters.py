@@ -309,6 +309,26 @@ def test_a_loss_of_ones_own_gets_equal_shapes_unless_it_says_that_it_takes_other
         assert seen.pop() == channels
 
 
+def test_torchs_error_in_a_loss_of_ones_own_names_layers_shapes_and_the_adapter(make_learner, wide):
+    def huber(pred, teacher_pred, fm_s, fm_t, **kwargs):
+        return sum(nn.functional.huber_loss(s, t) for s, t in zip(fm_s.values(), fm_t.values(), strict=True))
+
+    def logits(pred, teacher_pred, **kwargs):
+        return (pred - teacher_pred).square().mean()
+
+    expected = (
+        r"huber: The size of tensor a \(8\) must match .* at non-singleton dimension 1\. It got pred \(4, 4\), "
+        r"teacher_pred \(4, 4\), student layer 'layer2' \(4, 8, 4, 4\) and teacher layer 'layer2' \(4, 12, 4, 4\)\. "
+        r"The callback's adapter='auto' brings layers to one shape$"
+    )
+    kd = KnowledgeDistillationCallback(wide, huber, "layer2", "layer2")
+    with pytest.raises(RuntimeError, match=expected), pytest.warns(UserWarning, match="target size"):
+        make_learner().fit(1, cbs=kd)
+    kd = KnowledgeDistillationCallback(Net(classes=6), logits)
+    with pytest.raises(RuntimeError, match=r"logits: .* It got pred \(4, 4\), teacher_pred \(4, 6\)$"):
+        make_learner().fit(1, cbs=kd)
+
+
 class Tokens(nn.Module):
     "(B, 3, 16, 16) → (B, tokens, width) → (B, width)."
 

@@ -12,7 +12,16 @@ from fastai.torch_core import TensorImage
 from fastai.vision.learner import create_body, create_head
 from torch import nn
 
-from fasterai_kd import Attention, FitNet, Similarity, get_model_layers, get_module_by_name, match_feature_layers
+from fasterai_kd import (
+    PKT,
+    RKD,
+    Attention,
+    FitNet,
+    Similarity,
+    get_model_layers,
+    get_module_by_name,
+    match_feature_layers,
+)
 
 # As the guide of fasterai prints them
 TABLE = """\
@@ -22,6 +31,7 @@ layer1       <-> 0.4
 layer2       <-> 0.5
 layer3       <-> 0.6
 layer4       <-> 0"""
+UNEQUAL = "Attention, Similarity, RKD, PKT"
 STAGES = ["conv1", "layer1", "layer2", "layer3", "layer4"]
 PAIRS = {"student": STAGES, "teacher": ["0.0", "0.4", "0.5", "0.6", "0"]}
 
@@ -128,13 +138,14 @@ def test_pairs_can_be_edited_and_still_print(pairs):
     assert rows[-1] == ["fc", "<->", "1.8"]
 
 
-def test_pairs_of_unequal_resolution_named_by_hand_print_both_and_fit_attention_and_similarity(pairs):
+def test_pairs_of_unequal_resolution_named_by_hand_print_both_and_fit_losses_that_need_no_equal_shapes(pairs):
     edited = copy.deepcopy(pairs)
     edited["student"][:], edited["teacher"][:] = ["conv1", "layer1"], ["0.4", "0.5"]
-    assert [line.split(maxsplit=9)[3:] for line in str(edited).splitlines()[1:]] == [
-        ["112x112", "<->", "56x56", "64", "<->", "64", "Attention, Similarity"],
-        ["56x56", "<->", "28x28", "64", "<->", "128", "Attention, Similarity"],
+    assert [line.split(maxsplit=9)[3:] for line in str(edited).splitlines()[1:-1]] == [
+        ["112x112", "<->", "56x56", "64", "<->", "64", UNEQUAL],
+        ["56x56", "<->", "28x28", "64", "<->", "128", UNEQUAL],
     ]
+    assert str(edited).endswith("\nThe other losses fit unequal layers with adapter='auto'.")
 
 
 def test_copies_and_pickles_of_pairs_are_equal_and_print_the_same(pairs):
@@ -145,18 +156,20 @@ def test_copies_and_pickles_of_pairs_are_equal_and_print_the_same(pairs):
 
 @pytest.mark.parametrize("arch", STAGES_OF)
 def test_pairs_across_architectures_are_the_stages_and_the_table_tells_the_truth(arch):
-    x, nets = torch.randn(1, 3, 64, 64), (model("resnet18"), model(arch))
+    x, nets = torch.randn(2, 3, 64, 64), (model("resnet18"), model(arch))
     pairs = match_feature_layers(*nets, x)
     assert pairs == {"student": STAGES[-len(STAGES_OF[arch]) :], "teacher": STAGES_OF[arch]}
     maps_s, maps_t = (features(net, names, x) for net, names in zip(nets, pairs.values(), strict=True))
-    for line, s, t in zip(str(pairs).splitlines()[1:], *pairs.values(), strict=True):
+    rows, footer = str(pairs).splitlines()[1:], "The other losses fit unequal layers with adapter='auto'."
+    assert (footer == rows[-1]) is (UNEQUAL in str(pairs))
+    for line, s, t in zip([row for row in rows if row != footer], *pairs.values(), strict=True):
         (_, c_s, *size_s), (_, c_t, *size_t) = maps_s[s].shape, maps_t[t].shape
         *columns, fit = line.split(maxsplit=7)
         assert size_s == size_t
         assert columns == [s, "<->", t, f"{size_s[0]}x{size_s[1]}", str(c_s), "<->", str(c_t)]
-        assert fit == ("all" if c_s == c_t else "Attention, Similarity")
-        assert Attention({s: maps_s[s]}, {t: maps_t[t]}).isfinite()
-        assert Similarity({s: maps_s[s]}, {t: maps_t[t]}).isfinite()
+        assert fit == ("all" if c_s == c_t else UNEQUAL)
+        for loss in (Attention, Similarity, RKD, PKT):
+            assert loss({s: maps_s[s]}, {t: maps_t[t]}).isfinite()
         if fit == "all":
             assert FitNet({s: maps_s[s]}, {t: maps_t[t]}).isfinite()
         else:

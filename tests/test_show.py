@@ -131,7 +131,7 @@ def test_each_pair_has_its_names_sizes_and_losses_in_one_row(pairs):
     rows = {}
     for t in ax.texts:
         rows.setdefault(round(t.get_position()[1]), []).append(t.get_text())
-    fit = "Attention, Similarity"
+    fit = "Attention, Similarity, RKD, PKT"
     assert rows == {
         -1: ["student", "teacher"],
         0: ["conv1", "conv1", "16×16, 4 ↔ 8 channels", fit],

@@ -48,7 +48,7 @@ def equal_pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str
         if s.shape != t.shape:
             raise ValueError(
                 f"{loss} needs features of one shape, but {names} give {shape_of(s)} and {shape_of(t)}: "
-                "pair other layers, give the callback adapter='auto', or use Attention or Similarity"
+                "pair other layers, give the callback adapter='auto', or use Attention, Similarity, RKD or PKT"
             )
         if s.stride() != t.stride():  # channels_last, say: one copy is cheaper than each step across two formats
             t = torch.empty_like(s).copy_(t)

@@ -14,6 +14,7 @@ from .._modes import evaluating
 __all__ = ["LayerPair", "LayerPairs", "get_model_layers", "get_module_by_name", "match_feature_layers"]
 
 _SKIPPED = (nn.ReLU, nn.ReLU6, nn.BatchNorm2d, nn.Dropout, nn.Identity)
+_UNEQUAL = "Attention, Similarity, RKD, PKT"  # the losses that compare features of unequal shapes
 _Shapes = dict[str, tuple[int, ...]]
 
 
@@ -97,6 +98,8 @@ class LayerPairs(dict[str, list[str]]):
         lines = [f"{'Student':<{w_s + 4}} {'Teacher':<{w_t}} {'resolution':<12} {'channels':<12} losses that fit"]
         for s, t, resolution, channels, fit in self.rows:
             lines += [f"{s:<{w_s}} <-> {t:<{w_t}} {resolution:<12} {channels:<12} {fit}".rstrip()]
+        if any(row.fit == _UNEQUAL for row in self.rows):
+            lines += ["The other losses fit unequal layers with adapter='auto'."]
         return "\n".join(lines)
 
     def _row(self, s: str, t: str) -> LayerPair:
@@ -104,7 +107,7 @@ class LayerPairs(dict[str, list[str]]):
             return LayerPair(s, t)
         (c_s, *res_s), (c_t, *res_t) = self._shapes_s[s], self._shapes_t[t]
         sizes = ["x".join(map(str, res)) for res in ((res_s,) if res_s == res_t else (res_s, res_t))]
-        fit = "all" if self._shapes_s[s] == self._shapes_t[t] else "Attention, Similarity"
+        fit = "all" if self._shapes_s[s] == self._shapes_t[t] else _UNEQUAL
         return LayerPair(s, t, " <-> ".join(sizes), f"{c_s} <-> {c_t}", fit)
 
 
