@@ -2,6 +2,7 @@
 
     python benchmark_losses.py --data digits --seeds 5 --peer --out results
     python benchmark_losses.py --data fashion-mnist --student 8,4 --peer --out results
+    python benchmark_losses.py --data fashion-mnist-all --losses SoftTarget,Attention --out results  # all labels
     python benchmark_losses.py --data pets --out results                      # downloads 800 MB
     python benchmark_losses.py --data cifar100 --teacher resnet56 --student resnet20 --seeds 1 --out results
     python benchmark_losses.py --data digits --out results --report           # the table anew, no training
@@ -31,6 +32,7 @@ from fasterai_kd.all import *  # noqa: E402
 MODELS = {
     "digits": ("32", "6"),
     "fashion-mnist": ("32", "8,4"),
+    "fashion-mnist-all": ("32", "8"),
     "pets": ("resnet34", "resnet18"),
     "cifar100": ("resnet56", "resnet20"),
 }
@@ -180,7 +182,7 @@ def parse_args(argv):
     add("--peer", action="store_true", help="also train with the installed fasterai, where it has the loss")
     add("--out", type=Path, default=Path("results"), help="folder")
     add("--report", action="store_true", help="no training: only the table and the picture, from the file")
-    add("--tune", action=argparse.BooleanOptionalAction, help="choose learning rate and weights; digits, fashion-mnist")
+    add("--tune", action=argparse.BooleanOptionalAction, help="choose learning rate and weights; not pets, cifar100")
     add("--lr", type=float, help="of the students, instead of the one chosen")
     for who in ("", "teacher-"):
         for what in ("images", "draws", "epochs"):
@@ -192,7 +194,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     teacher, student = MODELS[args.data]
     args.teacher, args.student = args.teacher or teacher, (args.student or student).split(",")
-    args.tune = args.data in ("digits", "fashion-mnist") if args.tune is None else args.tune
+    args.tune = args.data not in ("pets", "cifar100") if args.tune is None else args.tune
     every = {part[0]: None for v in get_variants(None) for part in v.parts}
     args.losses = args.losses.split(",") if args.losses else list(every)
     if unknown := set(args.losses) - every.keys():

@@ -2,7 +2,10 @@
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 from torch import nn
 
 from .cache import GIB, TeacherCache
-from .losses.combine import function_of
+from .losses.combine import factor_at, function_of, name_of
 from .losses.output import Logits
 from .teacher import Ensemble, Teacher
 from .teacher_pass import TeacherPass
@@ -24,11 +27,15 @@ __all__ = [
     "check_stored",
     "check_teacher_runs",
     "check_tfm",
+    "check_trained",
+    "check_vocab",
     "check_weights",
     "loss_parameters",
     "needs_equal_shapes",
     "reads_predictions",
 ]
+
+_OUTPUTS = ("pred", "teacher_pred", "fm_s", "fm_t", "target")
 
 
 def check_weights(weight: float | str, task_weight: float | None, where: str = "") -> None:
@@ -36,7 +43,12 @@ def check_weights(weight: float | str, task_weight: float | None, where: str = "
     if isinstance(weight, str):
         if weight != "auto":
             raise ValueError(f"weight must be a number or 'auto', got {weight!r}")
+        if task_weight == 0:
+            raise ValueError("weight='auto' balances two losses, with task_weight=0 there is one: give a number")
         weight = 0.0
+    for name, value in (("weight", weight), ("task_weight", 0.0 if task_weight is None else task_weight)):
+        if not hasattr(value, "__float__"):
+            raise TypeError(f"{name} must be a number, got {value!r}")
     top = 1 if task_weight is None else math.inf
     if not 0 <= weight <= top or weight == math.inf:
         hint = "; for a larger weight give task_weight too: the loss is then a sum" if top == 1 else ""
@@ -47,8 +59,16 @@ def check_weights(weight: float | str, task_weight: float | None, where: str = "
 
 def check_schedule(schedule: Any) -> None:
     "None, a `Schedule` or a function."
-    if schedule is not None and not callable(getattr(schedule, "progress", schedule)):
+    if schedule is None:
+        return
+    if not callable(getattr(schedule, "progress", schedule)):
         raise TypeError(f"schedule must be a Schedule or a function pct → factor, got {schedule!r}")
+    try:
+        factor_at(schedule, 0.0)
+    except TypeError as e:
+        raise TypeError(
+            f"schedule must be a Schedule or a function pct → factor, such as SchedCos(0, 1); {schedule!r}: {e}"
+        ) from e
 
 
 def loss_parameters(loss: Callable[..., Any]) -> dict[str, bool]:
@@ -57,14 +77,27 @@ def loss_parameters(loss: Callable[..., Any]) -> dict[str, bool]:
         raise TypeError(f"loss must be a function such as SoftTarget, got {loss!r}")
     signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
     try:
-        signature.bind(**dict.fromkeys(("pred", "teacher_pred", "fm_s", "fm_t", "target")))
+        signature.bind(**dict.fromkeys(_OUTPUTS))
     except TypeError as e:
         name = getattr(loss, "__name__", type(loss).__name__)
         raise TypeError(
             f"{name}{signature} cannot be called as loss(pred=, teacher_pred=, fm_s=, fm_t=, target=): {e}. "
             "Name the arguments it uses so, and add **kwargs for the others"
         ) from None
+    if isinstance(loss, partial) and loss.func.__module__.startswith("fasterai_kd."):
+        _check_keywords(loss)
     return {name: p.default is p.empty for name, p in signature.parameters.items()}
+
+
+def _check_keywords(loss: partial[Any]) -> None:
+    "Of a loss of this library, whose **kwargs would take a misspelt one without a word."
+    known = [name for name, p in inspect.signature(loss.func).parameters.items() if p.kind != p.VAR_KEYWORD]
+    for name in loss.keywords:
+        if name not in (*known, *_OUTPUTS):
+            options = [name for name in known if name not in _OUTPUTS]
+            near = get_close_matches(name, options, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise TypeError(f"{name_of(loss)} has no argument {name!r}: {hint}It has {', '.join(options) or 'none'}")
 
 
 def reads_predictions(loss: Callable[..., Any]) -> bool:
@@ -147,6 +180,51 @@ def check_ensemble(source: Teacher, losses: Sequence[Callable[..., Any]], layers
         raise ValueError("an ensemble has no common layers to compare: give one teacher, or a loss on outputs")
     if isinstance(source, Ensemble) and any(function_of(loss) is Logits for loss in losses):
         raise ValueError("an ensemble gives log-probabilities, Logits compares raw outputs: give one teacher")
+
+
+def check_vocab(
+    source: Teacher,
+    dls: Any,  # the student's
+) -> None:
+    "Do a teacher that was given as a Learner and the student number classes, or words, in the same order?"
+    for teacher in source.members:
+        for theirs, own in _vocabs(teacher.vocab, getattr(dls, "vocab", None)):
+            i = next((i for i, (a, b) in enumerate(zip(theirs, own, strict=False)) if a != b), None)
+            if i is None:
+                continue
+            text = (
+                f"teacher and student have other vocabularies: entry {i} is {theirs[i]!r} for the teacher and "
+                f"{own[i]!r} for the student"
+            )
+            if sorted(theirs, key=str) == sorted(own, key=str):
+                raise ValueError(f"{text}. Make the student's dataloaders with the teacher's: vocab=teacher.dls.vocab")
+            warnings.warn(f"{text}. Do they mean the same?", stacklevel=2)
+
+
+def _vocabs(theirs: Any, own: Any) -> list[tuple[list[Any], list[Any]]]:
+    "Pairs of plain lists: text has one of words and one of classes."
+    if any(v is None or isinstance(v, (str, Mapping)) or not isinstance(v, Iterable) for v in (theirs, own)):
+        return []
+    a, b = list(theirs), list(own)
+    nested = [isinstance(v, Iterable) and not isinstance(v, str) for v in (*a, *b)]
+    return [pair for x, y in zip(a, b, strict=False) for pair in _vocabs(x, y)] if any(nested) else [(a, b)]
+
+
+def check_trained(losses: Sequence[Callable[..., Any]], opt: Any) -> None:
+    "Does the optimizer know the parameters of a loss that is a module?"
+    modules = [loss for loss in losses if isinstance(loss, nn.Module)]
+    if opt is None or not any(p.requires_grad for m in modules for p in m.parameters()):
+        return
+    known = {id(p) for group in opt.param_lists for p in group}
+    for module in modules:
+        if any(p.requires_grad and id(p) not in known for p in module.parameters()):
+            name = type(module).__name__
+            warnings.warn(
+                f"the parameters of the loss {name} are not trained: give them to the optimizer by "
+                "Learner(..., splitter=lambda model: [[*model.parameters(), *loss.parameters()]]), "
+                "or set requires_grad_(False)",
+                stacklevel=2,
+            )
 
 
 def check_moving(source: Teacher, how: TeacherPass) -> None:

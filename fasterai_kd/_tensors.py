@@ -1,13 +1,13 @@
 "Plain things out of wrapped ones: tensors for the losses, models for the hooks."
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from fastai.torch_core import get_model
 from torch import Tensor, nn
 
-__all__ = ["by_position", "only_tensor", "plain", "shape_of", "tensors", "unwrap"]
+__all__ = ["by_position", "map_tensors", "only_tensor", "plain", "shape_of", "tensors", "unwrap"]
 
 
 def plain(x: Any) -> Any:
@@ -43,6 +43,15 @@ def tensors(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, (Mapping, tuple, list)):
         for part in x.values() if isinstance(x, Mapping) else x:
             yield from tensors(part)
+
+
+def map_tensors(f: Callable[[Tensor], Tensor], x: Any) -> Any:
+    "`f` of a tensor, or of all in a nest of tuples, lists and dicts; anything else as it is."
+    if isinstance(x, Tensor):
+        return f(x)
+    if type(x) is dict:
+        return {k: map_tensors(f, v) for k, v in x.items()}
+    return type(x)(map_tensors(f, v) for v in x) if type(x) in (tuple, list) else x
 
 
 def by_position(names: Sequence[str], features: Mapping[str, Tensor], whose: str) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ class AutoWeight:
         self.task_weight, self.batches = task_weight, batches
         self._logs: list[float] = []
         self._at: tuple[str, Tensor] | None = None
+        self._said = False
 
     @property
     def weight(self) -> float:
@@ -39,7 +40,7 @@ class AutoWeight:
         "In one batch, before its backward pass. Raises ValueError where no weights get a gradient from both."
         if len(self._logs) == self.batches:
             return
-        name, param = self._at = self._at or _last_shared(task, kd, unwrap(student))
+        _, param = self._at = self._at or _last_shared(task, kd, unwrap(student))
         norms = [torch.autograd.grad(loss, param, retain_graph=True)[0].float().norm() for loss in (task, kd)]
         ratio = (norms[0] / norms[1]).log()
         if dist.is_available() and dist.is_initialized():
@@ -48,12 +49,18 @@ class AutoWeight:
         if not ratio.isfinite():  # one of them is 0, as where student and teacher agree
             return
         self._logs.append(ratio.item())
-        if len(self._logs) == self.batches and rank_distrib() == 0:
-            mean = math.exp(sum(self._logs) / self.batches)
+        if len(self._logs) == self.batches:
+            self.say()
+
+    def say(self) -> None:
+        "Once, what was measured: at the end of a fit that had fewer batches too."
+        if self._at is not None and self._logs and not self._said and rank_distrib() == 0:
+            mean, n = math.exp(sum(self._logs) / len(self._logs)), len(self._logs)
             print(
-                f"weight='auto': {self.weight:.4g}. In {self.batches} batches the gradient of the task loss was "
-                f"{mean:.3g} times that of the distillation loss, at {name}"
+                f"weight='auto': {self.weight:.4g}. In {n} batch{'es' * (n > 1)} the gradient of the task loss was "
+                f"{mean:.3g} times that of the distillation loss, at {self._at[0]}"
             )
+        self._said = True
 
 
 def _last_shared(task: Tensor, kd: Tensor, student: nn.Module) -> tuple[str, Tensor]:

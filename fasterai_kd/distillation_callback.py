@@ -20,9 +20,12 @@ from ._arguments import (
     check_stored,
     check_teacher_runs,
     check_tfm,
+    check_trained,
+    check_vocab,
     check_weights,
 )
 from ._blend import blend, scheduled
+from ._classes import class_dim, classes_first
 from ._measure import Later
 from ._tensors import plain, unwrap
 from .adapters import Adapters
@@ -117,13 +120,21 @@ class KnowledgeDistillationCallback(Callback):
             raise ValueError("this callback is in the Learner already: give it to the Learner or to `fit`, not to both")
         if self._ask_teacher is None:
             return
+        others = [cb for cb in self.learn.cbs if isinstance(cb, KnowledgeDistillationCallback) and cb is not self]
+        if not self._ask_teacher.is_fixed and any(cb._ask_teacher is self._ask_teacher for cb in others):
+            raise ValueError("two callbacks would update one EMATeacher twice a step: give each its own")
         self._ask_teacher.refresh()
         self._ask_teacher.check(unwrap(self.learn.model))
         self._look_at_loss()
+        if self._call_loss.reads_predictions:
+            check_vocab(self._ask_teacher, self.dls)
+        check_trained([p.loss for p in self._call_loss.parts], self.learn.opt)
         if self.teacher is None:  # an average that is yet to be has the student's layers
             self._teacher_pass.capture.layers(self.learn.model)
         self._watch.capture.layers(self.learn.model)
-        self._call_loss.to(self.dls.device)
+        param = next(self.learn.model.parameters(), None)
+        if param is not None:  # the learner has moved it to its device, which torch's DataLoaders do not know
+            self._call_loss.to(param.device)
 
     def before_train(self) -> None:
         "A new fit begins a new history."
@@ -158,8 +169,8 @@ class KnowledgeDistillationCallback(Callback):
         kd, part, parts = None, self.learn.loss.detach(), {}
         if self._distils_with is not None:
             parts = self._kd_loss(self._distils_with)
-            kd = total(iter(parts.values())).to(part.dtype)
-            if self._auto is not None and self.training:
+            kd = total(iter(parts.values())).to(part.dtype) if parts else torch.zeros_like(part)
+            if self._auto is not None and self.training and parts:
                 self._auto.measure(self.learn.loss_grad, kd, self.learn.model)
                 self.current_weight = self._weight_now()
             self._is_finite = Later(torch.isfinite(kd.detach()))
@@ -188,6 +199,12 @@ class KnowledgeDistillationCallback(Callback):
         self._watch.stop()
         self._adapters.leave()
         self._check_teacher()
+        if self.training and not len(self.yb):
+            warnings.warn(
+                "the batches have no labels, so fastai trains nothing: to learn from the teacher alone give any labels "
+                "and task_weight=0",
+                stacklevel=2,
+            )
 
     def after_train(self) -> None:
         "Move the epoch's losses off the device."
@@ -198,6 +215,8 @@ class KnowledgeDistillationCallback(Callback):
         "Forget a batch that CancelFitException ended."
         self._watch.stop()
         self._adapters.end_fit()
+        if self._auto is not None and self._steps:
+            self._auto.say()
 
     # What the user reads
 
@@ -255,7 +274,10 @@ class KnowledgeDistillationCallback(Callback):
 
     @property
     def teacher_accuracy(self) -> AvgMetric:
-        "A column of the progress table, as `agreement`: for which share does the teacher predict the label?"
+        """A column of the progress table, as `agreement`: for which share does the teacher predict the label?
+
+        Labels that are none of the classes, such as a mask's void, do not count.
+        """
         return self._compare("teacher_accuracy")
 
     # How
@@ -286,15 +308,16 @@ class KnowledgeDistillationCallback(Callback):
         pred, fm_s = self.learn.pred, self._watch.take()
         if self.training and not self._checked:
             _warn_if_fixed(fm_s)
+        dim = teacher.class_dim = class_dim(pred, self.y, self.learn.loss_func)
         self._teacher_xb = teacher_inputs(self.teacher_tfm, self.xb)
         teacher_pred, fm_t = self._teacher_pass(teacher, self._teacher_xb, self.training, isinstance(pred, Tensor))
-        self._parts.compare(plain(pred), teacher_pred, plain(self.y))
+        self._parts.compare(classes_first(plain(pred), dim), classes_first(teacher_pred, dim), plain(self.y))
         mix = getattr(self.learn.loss_func, "__self__", None)
         mix = mix if isinstance(mix, MixHandler) and self.training else None
         outputs = {"pred": pred, "teacher_pred": teacher_pred, "fm_s": fm_s, "fm_t": fm_t}
         with torch.autocast(self.learn.loss_grad.device.type, enabled=False):
             adapt = self._adapters.of(self.learn.model, teacher.model)
-            parts = self._call_loss(outputs, self.y, mix, self._pct(), adapt)
+            parts = self._call_loss(outputs, self.y, mix, self._pct(), adapt, dim)
         self._checked = True
         return parts
 
@@ -322,6 +345,10 @@ class KnowledgeDistillationCallback(Callback):
         "And at the layers that it compares: the user may have changed it."
         call = self._call_loss = LossCall(self.loss, self.activations_student, self.activations_teacher)
         self._watch = StudentWatch(call.student)
+        for percent in range(101):  # not when the training is nearly done
+            scheduled(self._base_weight(), self.schedule, percent / 100, self.task_weight)
+            for part in call.parts:
+                part.weight_at(percent / 100)
         if self._ask_teacher is not None:
             check_ensemble(self._ask_teacher, [p.loss for p in call.parts], call.teacher)
             check_moving(self._ask_teacher, self._teacher_pass)

@@ -2,12 +2,15 @@
 
 import weakref
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
+from fastai.callback.hook import Hook
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ._tensors import tensors
 from .teacher import Teacher
 
 __all__ = ["EMATeacher"]
@@ -65,7 +68,7 @@ class EMATeacher(Teacher):
         if same and not anew:
             return
         self._student = weakref.ref(student)
-        self._average = AveragedModel(student, multi_avg_fn=_multi_avg_fn(self.decay), use_buffers=True)
+        self._average = AveragedModel(_copyable(student), multi_avg_fn=_multi_avg_fn(self.decay), use_buffers=True)
         self._average.n_averaged += 1  # torch's first average would be the student after its first step
         self._average.module.eval()
         self.refresh()
@@ -82,6 +85,14 @@ class EMATeacher(Teacher):
     def __reduce__(self) -> tuple[Any, ...]:
         "A file leaves the average out."
         return EMATeacher, (self.decay,)
+
+
+def _copyable(student: nn.Module) -> nn.Module:
+    "Itself, or a copy of a student that keeps tensors of its last batch, of which torch copies none with a graph."
+    attributes = [v for m in student.modules() for v in vars(m).values()]
+    attributes += [v.stored for v in attributes if isinstance(v, Hook)]
+    kept = [x for x in tensors(attributes) if not x.is_leaf]
+    return deepcopy(student, {id(x): x.detach() for x in kept}) if kept else student
 
 
 def _multi_avg_fn(decay: float) -> Any:

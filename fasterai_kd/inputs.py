@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._tensors import shape_of
+from ._tensors import shape_of, tensors
 
 __all__ = ["renormalize"]
 
@@ -43,7 +43,7 @@ def teacher_inputs(
     with torch.no_grad():
         inputs = tfm(*xb)
     inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    if not any(isinstance(x, Tensor) for x in inputs):
+    if next(tensors(inputs), None) is None:
         raise TypeError(f"teacher_tfm must return the teacher's inputs, a tensor or a tuple of them, got {inputs!r}")
     return inputs
 

@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 from fastai.learner import Learner
+from fastai.torch_core import to_device
 from fastcore.basics import listify, patch
 from torch import Tensor, nn
 
+from ._classes import class_dim, index_labels
 from ._modes import evaluating
-from ._tensors import only_tensor, shape_of
+from ._tensors import shape_of
 from .distillation_callback import KnowledgeDistillationCallback
 from .losses import Attention, Logits, SoftTarget
 from .losses.matching import LayerPairs, match_feature_layers
-from .teacher import as_teacher, logits
+from .teacher import as_teacher, device_of, logits
 
 __all__ = ["distill"]
 
@@ -44,31 +46,36 @@ def distill(
 
 def _choose(learn: Learner, teacher: Any) -> Choice:
     source = as_teacher(teacher)
+    if source.model is None:
+        raise TypeError("an average of the student has yet to be made: give it to KnowledgeDistillationCallback")
     xb, y = _sample(learn)
     with torch.no_grad(), evaluating(learn.model):
-        pred = only_tensor(learn.model(*xb), "the student")
+        pred = logits(learn.model(*xb), "the student")
+    y, source.class_dim = index_labels(y, pred), class_dim(pred, y, learn.loss_func)
     teacher_pred = logits(source(xb))
     if pred.shape != teacher_pred.shape:
         pairs = _pairs(learn, source.model, xb, f"{shape_of(pred)} and {shape_of(teacher_pred)}")
         layers = {"activations_student": pairs["student"], "activations_teacher": pairs["teacher"]}
         return Attention, layers, f"their predictions differ, {shape_of(pred)} and {shape_of(teacher_pred)}:\n{pairs}"
     if _are_classes(pred, y):
-        return SoftTarget, {}, f"both predict the same {pred.shape[1]} classes"
+        return SoftTarget, {}, f"both predict the same {pred.shape[source.class_dim]} classes"
     return Logits, {}, f"both predict the same numbers, {shape_of(pred)}"
 
 
 def _are_classes(pred: Tensor, y: Any) -> bool:
-    "Logits (B, C, ...) and indices (B, ...)?"
+    "Logits (B, C, ...) or (B, ..., C) and indices (B, ...)?"
     indices = isinstance(y, Tensor) and not y.is_floating_point() and y.ndim == pred.ndim - 1
-    return indices and pred.ndim > 1 and pred.shape[1] > 1
+    return indices and pred.ndim > 1 and pred.shape[class_dim(pred, y)] > 1
 
 
 def _sample(learn: Learner) -> tuple[tuple[Any, ...], Any]:
     "A batch as the fit will see it, of the validation set if there is one: its order is not drawn."
     dls, n_valid = learn.dls, len(learn.dls.loaders) > 1 and len(learn.dls.valid)
-    learn.model.to(dls.device)
+    learn.model.to(getattr(dls, "device", None))  # which torch's DataLoaders do not have
     with torch.random.fork_rng([]):  # a loader draws a seed for its workers
-        batch = (dls.valid if n_valid else dls.train).one_batch()
+        loader = dls.valid if n_valid else dls.train
+        batch = loader.one_batch() if hasattr(loader, "one_batch") else next(iter(loader))
+    batch = to_device(batch, device_of([*learn.model.parameters()]))
     n_inp = getattr(dls, "n_inp", max(1, len(batch) - 1))
     return batch[:n_inp], batch[n_inp] if len(batch) > n_inp else None
 

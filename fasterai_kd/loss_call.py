@@ -10,17 +10,21 @@ from fastcore.basics import detuplify
 from torch import Tensor, nn
 
 from ._arguments import check_layers, check_schedule, loss_parameters, needs_equal_shapes, reads_predictions
+from ._classes import classes_first
 from ._tensors import plain, shape_of
 from .adapters import Adapt
-from .losses import DecoupledKD
+from .losses import DIST, DecoupledKD, Mutual, SoftTarget
 from .losses.combine import CombinedLoss, Part, function_of, name_of
 
 __all__ = ["LossCall"]
+
+OVER_CLASSES = (SoftTarget, DecoupledKD, Mutual, DIST)  # those in dim 1
 
 
 class LossCall:
     """`loss_call(outputs, y, mix, pct)`: the values of the parts by name, weighted, in float32 and outside autocast.
 
+    Parts whose weight is 0 by now have none; the first batch computes them nevertheless, so that mistakes show.
     `student` and `teacher` are all layers that the parts compare, in pairs.
     """
 
@@ -62,11 +66,18 @@ class LossCall:
         mix: MixHandler | None,  # MixUp or CutMix, if it mixes the task loss of this batch
         pct: float,  # share of the training done
         adapt: Adapt | None = None,  # brings features to equal shapes
+        dim: int = 1,  # where the predictions have their classes
     ) -> dict[str, Tensor]:
         outputs = {name: x if isinstance(x, dict) else plain(x) for name, x in outputs.items()}
-        weights = {p.name: p.weight_at(pct) for p in self.parts}
-        due = [p for p in self.parts if weights[p.name] or not self._checked]  # at first all, so that mistakes show
-        values = {p.name: weights[p.name] * self._value(p, outputs, plain(y), mix, adapt) for p in due}
+        over_classes = outputs | {who: classes_first(outputs.get(who), dim) for who in ("pred", "teacher_pred")}
+        values = {}
+        for p in self.parts:
+            weight = p.weight_at(pct)
+            if weight or not self._checked:
+                own = over_classes if function_of(p.loss) in OVER_CLASSES else outputs
+                value = self._value(p, own, plain(y), mix, adapt)
+            if weight:
+                values[p.name] = weight * value
         self._checked = True
         return values
 
@@ -101,4 +112,6 @@ def _call(part: Part, outputs: dict[str, Any], **kwargs: Any) -> Any:
             shapes.append(f"student layer {name_s!r} {shape_of(s)} and teacher layer {name_t!r} {shape_of(t)}")
             if s.shape != t.shape:
                 hint = ". The callback's adapter='auto' brings layers to one shape"
+        if "out of bounds" in str(e):
+            hint = ". Labels must be classes; void ones DecoupledKD leaves out with ignore_index"
         raise RuntimeError(f"{part.name}: {e}. It got {', '.join(shapes)}{hint}") from e

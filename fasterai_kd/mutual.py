@@ -17,11 +17,13 @@ from fastcore.basics import listify
 from torch import Tensor, nn
 
 from ._arguments import check_weights, loss_parameters
+from ._classes import class_dim
 from ._modes import evaluating, in_training
-from ._tensors import only_tensor, plain, unwrap
+from ._tensors import plain, unwrap
 from .loss_call import LossCall
 from .losses import Mutual
 from .losses._pairs import total
+from .teacher import logits
 
 __all__ = ["MutualLearning"]
 
@@ -55,13 +57,16 @@ class MutualLearning(Callback):
         loss: Callable[..., Tensor] = Mutual,  # of predictions: any loss that needs no layers
         weight: float = 1.0,  # of `loss`
     ):
+        if isinstance(weight, str):
+            raise TypeError(f"weight must be a number, got {weight!r}")
         check_weights(weight, task_weight=1.0)
         self._init_state()
         self.peers = [peers] if isinstance(peers, Learner) else listify(peers)
         self.loss, self.weight = loss, weight
         if not self.peers or not all(isinstance(p, Learner) for p in self.peers):
             raise TypeError(f"peers must be a Learner, or a list of Learners, got {peers!r}")
-        if any(loss_parameters(loss).get(name) for name in ("fm_s", "fm_t")):
+        layers = [p.pairs for p in getattr(loss, "parts", ())]
+        if any(layers) or any(loss_parameters(loss).get(name) for name in ("fm_s", "fm_t")):
             raise ValueError("mutual learning compares predictions, this loss compares layers: give Mutual, SoftTarget")
         self._shows = False
 
@@ -163,11 +168,18 @@ class MutualLearning(Callback):
         mix = getattr(self.learn.loss_func, "__self__", None)
         mix, pct = mix if isinstance(mix, MixHandler) else None, getattr(self, "pct_train", 1.0)
         features: dict[str, Any] = {"fm_s": {}, "fm_t": {}}
-        values = [self._call_loss({"pred": preds[i], "teacher_pred": p} | features, self.y, mix, pct) for p in others]
-        return total(total(iter(parts.values())) for parts in values) / len(others)
+        dim = class_dim(preds[i], self.y, self.peers[i - 1].loss_func if i else self.learn.loss_func)
+        values = [
+            value
+            for p in others
+            for value in self._call_loss(
+                {"pred": preds[i], "teacher_pred": p} | features, self.y, mix, pct, dim=dim
+            ).values()
+        ]
+        return total(iter(values)) / len(others) if values else preds[i].new_zeros(())
 
     def _predict(self, peer: Learner) -> Tensor:
-        return plain(only_tensor(peer.model(*self.xb), "a peer"))
+        return plain(logits(peer.model(*self.xb), "a peer"))
 
     def _task_loss(self, peer: Learner, pred: Tensor) -> Tensor:
         "By its own function; of mixed samples as fastai mixes the learner's."

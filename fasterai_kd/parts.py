@@ -38,10 +38,11 @@ class LossParts:
         if not self.compares:
             return
         student, teacher = (_classes(x, whose) for x, whose in ((pred, "student"), (teacher_pred, "teacher")))
+        n = teacher_pred.shape[1]
         if "agreement" in self.compares:
-            self._compared["agreement"] = _share_equal("agreement", teacher, student)
+            self._compared["agreement"] = _share_equal("agreement", teacher, student, n)
         if "teacher_accuracy" in self.compares:
-            self._compared["teacher_accuracy"] = _share_equal("teacher_accuracy", teacher, target)
+            self._compared["teacher_accuracy"] = _share_equal("teacher_accuracy", teacher, target, n)
 
     def note(
         self,
@@ -92,9 +93,10 @@ def _classes(output: Any, whose: str) -> Tensor:
     return output.detach().argmax(1)
 
 
-def _share_equal(name: str, predicted: Tensor, classes: Any) -> Tensor:
-    "Of all samples, or positions."
+def _share_equal(name: str, predicted: Tensor, classes: Any, n: int) -> Tensor:
+    "Of all samples, or positions, whose class is one of the `n`."
     if not isinstance(classes, Tensor) or classes.numel() != predicted.numel():
         got = shape_of(classes) if isinstance(classes, Tensor) else type(classes).__name__
         raise ValueError(f"{name} compares classes {shape_of(predicted)}, got {got}")
-    return (predicted == classes.view_as(predicted)).float().mean()
+    counted = ((classes >= 0) & (classes < n)).sum()
+    return (predicted == classes.view_as(predicted)).sum() / counted

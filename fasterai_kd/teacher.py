@@ -10,7 +10,7 @@ from fastai.learner import Learner, load_learner
 from torch import Tensor, nn
 
 from ._modes import evaluating, keeps_state
-from ._tensors import only_tensor, plain, shape_of
+from ._tensors import map_tensors, only_tensor, plain, shape_of, tensors
 
 __all__ = ["Ensemble", "Teacher", "as_teacher", "channels_last", "device_of", "logits"]
 
@@ -26,6 +26,8 @@ class Teacher:
 
     precision: torch.dtype | None = None  # None: as the student
     is_fixed = True  # does it stay as it is during the fit?
+    class_dim = 1  # where predictions have their classes
+    vocab: Any = None  # of its data, if it came with them
 
     def __init__(self, model: nn.Module):
         self.model: Any = model
@@ -102,13 +104,13 @@ class Teacher:
 
     def inputs(self, xb: Sequence[Any]) -> list[Any]:
         "The student's inputs in the teacher's precision; moves the teacher to them."
-        inputs, p, device = [plain(x) for x in xb], self._param, device_of(xb)
+        inputs, p, device = [map_tensors(plain, x) for x in xb], self._param, device_of(xb)
         if p is None or device is None:
             return inputs
         if p.device != device:
             self.model.to(device)
             self._tensors = [*self.model.parameters(), *self.model.buffers()]
-        inputs = [x.to(p.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+        inputs = [map_tensors(lambda x: x.to(p.dtype) if x.is_floating_point() else x, x) for x in inputs]
         return [channels_last(x) for x in inputs] if self.channels_last else inputs
 
     def _autocast(self, inputs: Sequence[Any]) -> Any:
@@ -121,7 +123,7 @@ class Teacher:
 
 def device_of(xb: Sequence[Any]) -> torch.device | None:
     "Where the first tensor is."
-    return next((x.device for x in xb if isinstance(x, Tensor)), None)
+    return next((x.device for x in tensors(xb)), None)
 
 
 def channels_last(x: Any) -> Any:
@@ -142,10 +144,13 @@ class Ensemble(Teacher):
         super().__init__(nn.ModuleList(t.model for t in members))
 
     def __call__(self, xb: Sequence[Any]) -> Tensor:
+        dim = self.class_dim
+        for teacher in self._members:
+            teacher.class_dim = dim
         outputs = [plain(logits(teacher(xb))) for teacher in self._members]
-        if outputs[0].ndim < 2 or outputs[0].shape[1] < 2:
+        if outputs[0].ndim < 2 or outputs[0].shape[dim] < 2:
             raise ValueError(f"an ensemble is of classifiers (B, C), got {shape_of(outputs[0])}: give one teacher")
-        return torch.stack([o.log_softmax(1) for o in outputs]).exp().mean(0).log()
+        return torch.stack([o.log_softmax(dim) for o in outputs]).exp().mean(0).log()
 
     @property
     def members(self) -> list[Teacher]:
@@ -172,10 +177,12 @@ def as_teacher(
         return teacher
     if isinstance(teacher, nn.Module):
         return Teacher(teacher)
-    if isinstance(teacher, Learner):
-        return Teacher(teacher.model)
     if isinstance(teacher, (str, Path)):
-        return Teacher(_load(teacher))
+        teacher = _load(teacher)
+    if isinstance(teacher, Learner):
+        source = Teacher(teacher.model)
+        source.vocab = getattr(teacher.dls, "vocab", None)
+        return source
     if isinstance(teacher, (list, tuple)) and teacher:
         members = [as_teacher(t) for t in teacher]
         if not all(t.is_fixed for t in members):
@@ -187,17 +194,22 @@ def as_teacher(
     )
 
 
-def _load(path: str | Path) -> nn.Module:
+def _load(path: str | Path) -> Learner:
     try:
-        return load_learner(path).model
+        learner = load_learner(path)
+        _ = learner.model
+        return learner
     except AttributeError as e:
         raise TypeError(f"{path} is no exported Learner ({e}): write it with learn.export(), not learn.save()") from e
 
 
-def logits(output: Any) -> Tensor:
+def logits(
+    output: Any,
+    whose: str = "the teacher",  # for the error
+) -> Tensor:
     "The predictions among several outputs: 'logits' or 'out' of a dict, the first of a tuple."
     if isinstance(output, Mapping):
         output = output.get("logits", output.get("out", output))
     elif isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         output = output[0]
-    return only_tensor(output, "the teacher")
+    return only_tensor(output, whose)

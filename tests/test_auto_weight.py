@@ -79,8 +79,8 @@ def test_the_same_seed_gives_the_same_weights_and_student(make_learner, teacher)
 
 def test_measuring_does_not_change_the_step(make_learner, teacher):
     learn, kd = fit(make_learner, teacher, SoftTarget, n=1, weight="auto")
-    weights = iter(kd.history["weight"])
-    again, _ = fit(make_learner, teacher, SoftTarget, n=1, weight=1.0, schedule=lambda pct: next(weights, 0.0))
+    weights = [*kd.history["weight"], 0.0]
+    again, _ = fit(make_learner, teacher, SoftTarget, n=1, weight=1.0, schedule=lambda pct: weights[round(4 * pct)])
     assert same(state(learn.model), state(again.model))
 
 
@@ -111,3 +111,10 @@ def test_a_distillation_loss_without_any_gradient_is_refused(make_learner, teach
 def test_another_word_is_refused(teacher):
     with pytest.raises(ValueError, match="weight must be a number or 'auto', got 'automatic'"):
         KnowledgeDistillationCallback(teacher, SoftTarget, weight="automatic")
+
+
+def test_a_fit_of_few_batches_says_what_it_chose_at_its_end(make_learner, teacher, capsys):
+    fit(make_learner, teacher, SoftTarget, n=1, weight="auto")
+    out = capsys.readouterr().out
+    assert out.count("weight='auto'") == 1
+    assert "In 4 batches the gradient of the task loss was" in out

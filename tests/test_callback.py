@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import PAIRS, Net, same, state
 from fastai.callback.core import Callback
+from fastai.callback.schedule import SchedCos
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -53,6 +54,16 @@ BAD = [
     (ValueError, "weight must be between 0 and 1, got -0.1", lambda t: (t, SoftTarget, None, None, -0.1)),
     (ValueError, "weight must be between 0 and 1, got nan", lambda t: (t, SoftTarget, None, None, float("nan"))),
     (TypeError, "schedule must be a Schedule or a function", lambda t: (t, SoftTarget, None, None, 0.5, "cos")),
+    (TypeError, r"schedule must be .* such as SchedCos\(0, 1\)", lambda t: (t, SoftTarget, None, None, 0.5, SchedCos)),
+    (ValueError, r"got 1\.008 at 12% of the", lambda t: (t, SoftTarget, None, None, 0.9, lambda pct: 1 + pct)),
+    (TypeError, "weight must be a number, got None", lambda t: (t, SoftTarget, None, None, None)),
+    (
+        TypeError,
+        "SoftTarget has no argument 'temperature': It has T, standardize",
+        lambda t: (t, partial(SoftTarget, temperature=2)),
+    ),
+    (TypeError, "no argument 'aplha': did you mean 'alpha'", lambda t: (t, partial(DecoupledKD, aplha=2))),
+    (TypeError, "RKD has no argument 'wd': did you mean 'w_d'", lambda t: (t, combine((partial(RKD, wd=2), 1.0)))),
     (ValueError, "an ensemble gives log-probabilities, Logits", lambda t: ([t, Net()], partial(Logits))),
     (ValueError, "an ensemble has no common layers", lambda t: ([t, Net()], Attention, "conv1", "conv1")),
 ]
@@ -72,6 +83,23 @@ def test_arguments_that_cannot_work_are_refused_at_once(teacher, error, match, a
 def test_weights_of_a_sum_must_be_finite_and_not_negative(teacher, weight, task_weight):
     with pytest.raises(ValueError, match="weight must be"):
         KnowledgeDistillationCallback(teacher, SoftTarget, weight=weight, task_weight=task_weight)
+
+
+def test_a_balance_with_no_task_loss_is_refused(teacher):
+    with pytest.raises(ValueError, match=r"weight='auto' balances two losses, with task_weight=0 there is one"):
+        KnowledgeDistillationCallback(teacher, SoftTarget, weight="auto", task_weight=0.0)
+
+
+def test_a_task_weight_that_is_no_number_is_refused(teacher):
+    with pytest.raises(TypeError, match="task_weight must be a number, got 'auto'"):
+        KnowledgeDistillationCallback(teacher, SoftTarget, task_weight="auto")
+
+
+def test_keywords_of_a_loss_of_ones_own_are_its_own_business(make_learner, teacher):
+    def own(pred, teacher_pred, **kwargs):
+        return kwargs["scale"] * (pred - teacher_pred).square().mean()
+
+    make_learner().fit(1, cbs=KnowledgeDistillationCallback(teacher, partial(own, scale=2.0)))
 
 
 BAD_FITS = [
@@ -181,3 +209,31 @@ def test_a_module_loss_is_moved_to_the_learners_device(make_learner, teacher):
     loss = Loss()
     make_learner().fit(1, 0.01, cbs=KnowledgeDistillationCallback(teacher, loss))
     assert loss.device == torch.device("cpu")
+
+
+class Learned(nn.Module):
+    "A loss with weights."
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(4, 4)
+
+    def forward(self, pred, teacher_pred, **kwargs):
+        return (self.map(pred) - teacher_pred).square().mean()
+
+
+def test_a_loss_with_weights_that_nobody_trains_gives_a_warning(make_learner, teacher):
+    loss = Learned()
+    with pytest.warns(UserWarning, match="the parameters of the loss Learned are not trained: give them"):
+        make_learner().fit(1, cbs=KnowledgeDistillationCallback(teacher, loss))
+    loss.requires_grad_(False)
+    make_learner().fit(1, cbs=KnowledgeDistillationCallback(teacher, loss))
+
+
+def test_a_loss_with_weights_learns_along_where_the_splitter_has_them_as_the_warning_says(make_learner, teacher):
+    loss = Learned()
+    learn = make_learner(splitter=lambda model: [[*model.parameters(), *loss.parameters()]])
+    before = state(loss)
+    learn.fit(1, 0.01, cbs=KnowledgeDistillationCallback(teacher, loss))
+    assert not same(before, state(loss))
+    assert all(p.grad is None or not p.grad.any() for p in loss.parameters())

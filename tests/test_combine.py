@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, PAIRS, Net, same, state
@@ -15,11 +16,12 @@ from fasterai_kd import (
     FitNet,
     KnowledgeDistillationCallback,
     Logits,
+    MutualLearning,
     Similarity,
     SoftTarget,
     combine,
 )
-from fasterai_kd.schedule import lin
+from fasterai_kd.schedule import lin, one_shot
 
 LAYER1 = {"student": ["layer1"], "teacher": ["layer1"]}
 LAYER2 = {"student": ["layer2"], "teacher": ["layer2"]}
@@ -223,7 +225,6 @@ def test_mixup_mixes_each_part_that_uses_labels(make_learner, teacher):
     ("loss", "match"),
     [
         (combine((SoftTarget, 1.0), (Attention, 1.0)), "this loss compares layers"),
-        (combine((Attention, 1.0, {"student": ["layer1"], "teacher": []})), "layers pair by position"),
         (combine((Attention, 1.0, {"student": ["layer1"], "teacher": ["layer9"]})), "did you mean"),
     ],
 )
@@ -237,3 +238,55 @@ def test_a_part_that_does_not_fit_shows_in_the_first_batch_also_if_its_weight_st
     loss = combine((SoftTarget, 1.0), (FitNet, 1.0, pairs, lin))
     with pytest.raises(ValueError, match="FitNet needs features of one shape"):
         fit(make_learner, teacher, loss)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(SoftTarget, 1.0, None, lambda pct: float(pct < 0.3)), (Logits, 1.0, None, lambda pct: float(pct > 0.6))],
+        [(SoftTarget, 1.0, None, one_shot), (Logits, 0.0)],
+        [(SoftTarget, 0.0)],
+    ],
+    ids=["between two", "before the first", "weight 0"],
+)
+def test_where_no_part_is_due_the_distillation_loss_is_0(make_learner, teacher, parts):
+    _, kd = fit(make_learner, teacher, combine(*parts), epochs=3)
+    history = kd.history
+    resting = [i for i, k in enumerate(history["kd_loss"]) if k == 0]
+    assert resting
+    for name in ("SoftTarget", "Logits")[: len(parts)]:
+        assert all(history[name][i] == 0 for i in resting)
+    peer = make_learner(Net())
+    make_learner(Net()).fit(2, 0.01, cbs=MutualLearning(peer, combine(*parts)))
+
+
+def test_a_balance_waits_for_a_loss_that_starts_at_0(make_learner, teacher, capsys):
+    loss = combine((SoftTarget, 1.0, None, lin))
+    _, kd = fit(make_learner, teacher, loss, weight="auto", epochs=3)
+    assert "In 10 batches the gradient of the task loss was" in capsys.readouterr().out
+    assert kd.history["kd_loss"][0] == 0
+
+
+def test_a_part_of_weight_0_does_no_harm_also_if_it_is_infinite(make_learner, teacher):
+    def infinite(pred, **kwargs):
+        return pred.sum() * torch.inf
+
+    _, kd = fit(make_learner, teacher, combine((SoftTarget, 1.0), (infinite, 0.0)))
+    assert torch.tensor(kd.history["kd_loss"]).isfinite().all()
+
+
+def test_layers_may_be_single_names_as_in_the_callback():
+    loss = combine((Attention, np.float32(0.5), {"student": "layer1", "teacher": "layer2"}))
+    assert loss.parts[0].pairs == {"student": ["layer1"], "teacher": ["layer2"]}
+    assert loss.parts[0].weight == 0.5
+
+
+def test_lists_of_unequal_length_are_refused_at_once():
+    with pytest.raises(ValueError, match=r"layers pair by position, Attention has unequal numbers: \{'student'"):
+        combine((Attention, 1.0, {"student": ["layer1"], "teacher": []}))
+
+
+def test_a_schedule_of_a_part_that_falls_below_0_is_refused(teacher):
+    loss = combine((SoftTarget, 1.0), (Logits, 1.0, None, lambda pct: 0.5 - pct))
+    with pytest.raises(ValueError, match=r"factors must be 0 or more, the schedule of Logits gives -0\.01 at 51%"):
+        KnowledgeDistillationCallback(teacher, loss)

@@ -9,11 +9,16 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PAIRS, Net, hooks, same, state
+from conftest import IMAGES, PAIRS, Net, hooks, same, state
 from fastai.callback.core import Callback, CancelStepException
+from fastai.callback.hook import hook_output
+from fastai.callback.rnn import rnn_cbs
 from fastai.callback.training import GradientAccumulation
-from fastai.learner import load_learner
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner, load_learner
 from fastai.optimizer import OptimWrapper
+from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_clas_split
+from fastai.text.models.core import get_text_classifier
 from fastai.torch_core import set_seed
 from torch import nn
 
@@ -221,3 +226,49 @@ def test_a_student_with_other_layers_may_follow_after_the_first(make_learner):
     kd.activations_student = kd.activations_teacher = ["0"]
     make_learner(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14 * 14, 4))).fit(1, 0.1, cbs=kd)
     assert isinstance(kd.teacher, nn.Sequential)
+
+
+class KeepsOutput(Net):
+    "As WeightDropout of a text model does, and the hooks of a unet."
+
+    def forward(self, x):
+        self.last = {"maps": [self.layer1(self.relu(self.bn1(self.conv1(x))))]}
+        return self.head(self.layer2(self.last["maps"][0]).mean((2, 3)))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_student_that_keeps_tensors_of_its_last_batch_has_the_average_of_one_that_does_not(make_learner, hooked):
+    def average(net):
+        torch.manual_seed(2)
+        learn = make_learner(net, opt_func=SGD)
+        if net.__class__ is KeepsOutput and hooked:
+            learn.model.hook = hook_output(learn.model.layer1, detach=False)
+        learn.model.eval()(IMAGES[:1])
+        torch.manual_seed(0)
+        kd = mean_teacher()
+        learn.fit(1, 0.1, cbs=kd)
+        return state(kd.teacher)
+
+    torch.manual_seed(1)
+    plain, keeps = Net(), KeepsOutput()
+    keeps.load_state_dict(plain.state_dict())
+    assert same(average(plain), average(keeps))
+
+
+def test_a_fresh_text_classifier_can_be_followed():
+    rnn = get_text_classifier(AWD_LSTM, 20, 2, config={**awd_lstm_clas_config, "emb_sz": 6, "n_hid": 8, "n_layers": 2})
+    items = [(torch.arange(2, 9), torch.tensor(i % 2)) for i in range(8)]
+    dls = DataLoaders.from_dsets(items, items, bs=4, device="cpu", num_workers=0)
+    learn = Learner(dls, rnn, loss_func=F.cross_entropy, splitter=awd_lstm_clas_split, cbs=rnn_cbs())
+    learn.logger = lambda *_: None
+    kd = mean_teacher()
+    with learn.no_bar():
+        learn.fit(1, 0.01, cbs=kd)
+    assert torch.tensor(kd.history["kd_loss"]).isfinite().all()
+
+
+def test_one_average_in_two_callbacks_is_refused(make_learner):
+    teacher = EMATeacher()
+    kds = [KnowledgeDistillationCallback(teacher, loss) for loss in (SoftTarget, Logits)]
+    with pytest.raises(ValueError, match="two callbacks would update one EMATeacher twice a step"):
+        make_learner().fit(1, cbs=kds)

@@ -224,9 +224,13 @@ def test_validate_and_predictions_do_not_lose_the_history(make_learner, teacher)
 
 
 def test_a_schedule_that_leaves_the_allowed_range_is_an_error_not_a_negative_task_weight(make_learner, teacher):
-    kd = kd_for(teacher, SoftTarget, weight=0.8, schedule=Schedule(sched_lin, end_val=2))
-    with pytest.raises(ValueError, match=r"weight must be between 0 and 1, got 1\.2 at 75%"):
+    with pytest.raises(ValueError, match=r"weight must be between 0 and 1, got 1\.008 at 63%"):
+        kd_for(teacher, SoftTarget, weight=0.8, schedule=Schedule(sched_lin, end_val=2))
+    kd = kd_for(teacher, SoftTarget, weight=0.8)
+    kd.schedule = Schedule(sched_lin, end_val=2)
+    with pytest.raises(ValueError, match="got 1"):
         make_learner().fit(1, 0.01, cbs=kd)
+    assert not kd.history["weight"]  # before the first batch
     kd = kd_for(teacher, SoftTarget, weight=0.8, task_weight=1, schedule=Schedule(sched_lin, end_val=2))
     make_learner().fit(1, 0.01, cbs=kd)
 
@@ -907,3 +911,15 @@ def test_outputs_without_classes_cannot_agree(make_learner):
     learn = make_learner(Net(classes=1), loss_func=lambda p, y: F.mse_loss(p[:, 0], y.float()), metrics=kd.agreement)
     with pytest.raises(ValueError, match=r"are of classes \(B, C, ...\), the student gives \(4, 1\)"):
         learn.fit(1, cbs=kd)
+
+
+def test_batches_without_labels_give_a_warning_since_nothing_is_trained(make_learner, teacher):
+    class Unlabelled(Callback):
+        def before_batch(self):
+            self.learn.yb = ()
+
+    learn = make_learner(metrics=[])
+    before = state(learn.model)
+    with pytest.warns(UserWarning, match="the batches have no labels, so fastai trains nothing"):
+        learn.fit(1, cbs=[kd_for(teacher, SoftTarget), Unlabelled()])
+    assert same(before, {**state(learn.model), **{k: v for k, v in before.items() if "running" in k or "num_b" in k}})

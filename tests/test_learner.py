@@ -9,7 +9,7 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from torch import nn
 
-from fasterai_kd import Attention, KnowledgeDistillationCallback, Logits, SoftTarget
+from fasterai_kd import Attention, EMATeacher, KnowledgeDistillationCallback, Logits, SoftTarget
 
 
 def quiet(learn):
@@ -108,3 +108,47 @@ def test_choosing_leaves_student_and_teacher_as_they_were(make_learner, teacher)
     assert teacher.training
     assert hooks(teacher) == hooks(learn.model) == 0
     assert torch.equal(before["conv1.weight"], learn.model.conv1.weight)
+
+
+class Several(nn.Module):
+    "Predictions, and what a text model gives besides."
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x):
+        return self.net(x), x, x
+
+
+class First(Callback):
+    "As fastai's callback for text models."
+
+    def after_pred(self):
+        self.learn.pred = self.pred[0]
+
+
+def test_predictions_are_the_first_of_several_outputs_as_of_text_models(make_learner, capsys):
+    make_learner(Several(), cbs=First()).distill(Several(), 1)
+    assert "distill with SoftTarget, since both predict the same 4 classes" in capsys.readouterr().out
+
+
+def test_an_average_that_has_yet_to_be_made_is_refused(make_learner):
+    with pytest.raises(TypeError, match="an average of the student has yet to be made"):
+        make_learner().distill(EMATeacher(), 1)
+
+
+@pytest.mark.works("tasks", "torch's own DataLoaders in fastai's DataLoaders")
+def test_loaders_of_torch_do_as_well(teacher, capsys):
+    items = list(zip(IMAGES, classes, strict=True))
+    loaders = [torch.utils.data.DataLoader(items[part], batch_size=4) for part in (slice(16), slice(16, 24))]
+    ours = DataLoaders.from_dsets(items[:16], items[16:], bs=4, shuffle=False, device="cpu", num_workers=0)
+    found = []
+    for dls in (DataLoaders(*loaders), ours):
+        torch.manual_seed(0)
+        learn = quiet(Learner(dls, Net(), loss_func=CrossEntropyLossFlat()))
+        learn.fit(1, 0.01, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+        learn.distill(teacher, 1)
+        found.append(state(learn.model))
+    assert same(*found)
+    assert "distill with SoftTarget" in capsys.readouterr().out

@@ -411,3 +411,25 @@ def test_learners_may_stand_for_their_models(make_learner, dls):
     assert match_feature_layers(student, teacher, dls.one_batch()[0]) == match_feature_layers(
         student.model, teacher.model, dls.one_batch()[0]
     )
+
+
+class OfDict(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch):
+        return self.net(batch["image"])
+
+
+def test_a_sample_may_be_a_dict():
+    nets = model("resnet18"), model("resnet34")
+    x = torch.randn(1, 3, 64, 64)
+    expected = match_feature_layers(*nets, x)
+    found = match_feature_layers(*map(OfDict, nets), {"image": x})
+    assert found["student"] == ["net." * (name != "") + name for name in expected["student"]]
+
+
+def test_a_whole_batch_with_labels_is_refused_with_a_hint():
+    with pytest.raises(TypeError, match=r"ResNet: .*sample_input is what the model is called with, without labels"):
+        match_feature_layers(model("resnet18"), model("resnet34"), (torch.randn(1, 3, 64, 64), torch.tensor([0])))

@@ -289,3 +289,36 @@ def test_a_peer_moves_to_the_students_device(dls):
     learn, peer = (Learner(gpu, Net(), loss_func=F.cross_entropy) for _ in range(2))
     learn.fit(1, 0.1, cbs=[MutualLearning(peer), MixedPrecision("bf16")])
     assert next(peer.model.parameters()).is_cuda
+
+
+class Several(nn.Module):
+    "Predictions, and what a text model gives besides."
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x):
+        return self.net(x), x, x
+
+
+class First(Callback):
+    "As fastai's callback for text models."
+
+    def after_pred(self):
+        self.learn.pred = self.pred[0]
+
+
+def test_a_peers_predictions_are_the_first_of_several_outputs(make_learner, make_peer):
+    learn, peer = make_learner(Several(), cbs=First()), make_learner(Several())
+    before = state(peer.model)
+    learn.fit(1, 0.01, cbs=MutualLearning(peer))
+    assert not same(before, state(peer.model))
+
+
+def test_what_cannot_be_mutual_is_refused_at_once(make_peer):
+    with pytest.raises(TypeError, match="weight must be a number, got 'auto'"):
+        MutualLearning(make_peer(), weight="auto")
+    layers = {"student": ["layer1"], "teacher": ["layer1"]}
+    with pytest.raises(ValueError, match="mutual learning compares predictions, this loss compares layers"):
+        MutualLearning(make_peer(), combine((Mutual, 1.0), (Attention, 1.0, layers)))

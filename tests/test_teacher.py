@@ -4,12 +4,16 @@ import pickle
 
 import pytest
 import torch
-from conftest import Net, same, state
-from fastai.data.transforms import Normalize
+import torch.nn.functional as F
+from conftest import Net, image, same, state
+from fastai.data.core import Datasets
+from fastai.data.transforms import Categorize, Normalize
+from fastai.learner import Learner
 from fastai.vision.core import TensorImage, cifar_stats, imagenet_stats
+from fastcore.foundation import L
 from torch import nn
 
-from fasterai_kd import renormalize
+from fasterai_kd import Attention, KnowledgeDistillationCallback, SoftTarget, renormalize
 from fasterai_kd.teacher import Ensemble, Teacher, as_teacher, logits
 
 
@@ -161,3 +165,70 @@ def test_statistics_that_make_no_sense_are_refused(stats, match):
 def test_renormalize_says_which_images_it_expects():
     with pytest.raises(ValueError, match=r"expects images \(B, 3, H, W\), got \(4, 1, 8, 8\)"):
         renormalize(imagenet_stats, cifar_stats)(torch.zeros(4, 1, 8, 8))
+
+
+# Vocabularies
+
+
+def animal(i):
+    return ("ape", "bee", "cat", "dog")[i % 4]
+
+
+def animals(tmp_path, *vocab):
+    "Data whose classes are in this order."
+    dsets = Datasets(list(range(8)), [[image], [animal, Categorize(vocab=vocab, sort=False)]])
+    return dsets.dataloaders(bs=4, num_workers=0, device=torch.device("cpu"), path=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["learner", "exported", "ensemble"])
+def test_classes_in_another_order_are_refused_before_the_first_batch(tmp_path, kind):
+    teacher = Learner(animals(tmp_path, "cat", "dog", "ape", "bee"), Net(), loss_func=F.cross_entropy)
+    if kind == "exported":
+        teacher.export()
+        teacher = tmp_path / "export.pkl"
+    kd = KnowledgeDistillationCallback([teacher, Net()] if kind == "ensemble" else teacher, SoftTarget)
+    learn = Learner(animals(tmp_path, "ape", "bee", "cat", "dog"), Net(), loss_func=F.cross_entropy)
+    with pytest.raises(ValueError, match=r"entry 0 is 'cat' for the teacher and 'ape' for the student\. Make"):
+        learn.fit(1, cbs=kd)
+    if kind != "ensemble":  # a loss that compares no classes
+        kd = KnowledgeDistillationCallback(teacher, Attention, "conv1", "conv1")
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(1, cbs=kd)
+
+
+def test_other_words_for_the_classes_give_a_warning_and_the_same_none(make_learner, dls):
+    dls.vocab = [["xxunk", "the"], ["neg", "pos"]]  # of words and of classes
+    kd = KnowledgeDistillationCallback(make_learner(Net()), SoftTarget)
+    make_learner().fit(1, cbs=kd)
+    dls.vocab = (L("xxunk", "the"), ["neg", "positive"])
+    with pytest.warns(UserWarning, match="entry 1 is 'pos' for the teacher and 'positive' for the student. Do they"):
+        make_learner().fit(1, cbs=kd)
+    for none in (None, {"a": 1}, 5):
+        dls.vocab = none
+        make_learner().fit(1, cbs=kd)
+
+
+# Nested inputs
+
+
+class OfDict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, batch):
+        return self.net(batch["images"][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_inputs_in_dicts_and_lists_get_the_teachers_precision_too(dtype):
+    x = TensorImage(torch.randn(4, 3, 16, 16))
+    out = Teacher(OfDict().to(dtype))([{"images": [x], "name": "a"}])
+    assert out.dtype == dtype
+    assert type(out) is torch.Tensor
+
+
+def test_a_teacher_tfm_may_return_a_dict(make_learner):
+    kd = KnowledgeDistillationCallback(OfDict(), SoftTarget, teacher_tfm=lambda x: {"images": (x,)})
+    make_learner().fit(1, cbs=kd)
+    assert torch.tensor(kd.history["kd_loss"]).isfinite().all()

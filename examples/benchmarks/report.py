@@ -8,10 +8,13 @@ from scipy.stats import t as student_t
 
 from fasterai_kd.show import plot_comparison
 
+FASHION = (
+    "Fashion-MNIST, 28x28, 10 classes: 55,000 of its training images to train, 5,000 to tune, its own 10,000 to test"
+)
 ABOUT = {
     "digits": "scikit-learn's handwritten digits, 8x8, 10 classes: 797 images for training, 300 to tune, 700 to test",
-    "fashion-mnist": "Fashion-MNIST, 28x28, 10 classes: 55,000 of its training images for training and 5,000 to tune, "
-    "its own 10,000 to test",
+    "fashion-mnist": FASHION,
+    "fashion-mnist-all": f"{FASHION}. Teacher and student are trained with the same images",
     "pets": "Oxford-IIIT Pets, cats against dogs: 70 % of the images for training, 10 % to tune, 20 % to test",
     "cifar100": "CIFAR-100, 32x32, 100 classes: its training and its test images, nothing to tune",
 }

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from .._classes import index_labels
 from .._tensors import plain, shape_of
 
 __all__ = ["check_temperature", "class_indices", "finite", "kl", "logits", "same_shape"]
@@ -46,7 +47,7 @@ def class_indices(target: Tensor, s: Tensor) -> Tensor:
     "The target as an index for dim 1 of `s`."
     if not isinstance(target, Tensor):
         raise TypeError(f"DecoupledKD needs one tensor of labels, got a {type(target).__name__}")
-    y = plain(target)
+    y = index_labels(plain(target), s)
     if y.is_floating_point() or y.shape != s.shape[:1] + s.shape[2:]:
         raise ValueError(
             f"DecoupledKD needs one class index per sample for logits {shape_of(s)}, got a target "

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from fastcore.basics import listify
 from torch import Tensor
 
 from .._tensors import by_position
@@ -28,7 +30,11 @@ class Part:
 
     def weight_at(self, pct: float) -> float:
         "At this share of the training."
-        return self.weight * (1.0 if self.schedule is None else factor_at(self.schedule, pct))
+        factor = 1.0 if self.schedule is None else factor_at(self.schedule, pct)
+        if not 0 <= factor < math.inf:
+            when = f"at {pct:.0%} of the training"
+            raise ValueError(f"factors must be 0 or more, the schedule of {self.name} gives {factor:g} {when}")
+        return self.weight * factor
 
     def select(self, fm_s: Mapping[str, Tensor] | None, fm_t: Mapping[str, Tensor] | None) -> dict[str, Any]:
         "Of all features, those of its layers."
@@ -56,8 +62,9 @@ class CombinedLoss:
         pct: float = 1.0,  # share of the training done, for parts with a schedule
     ) -> Tensor:
         outputs = {"pred": pred, "teacher_pred": teacher_pred, "target": target}
-        values = [p.weight_at(pct) * p.loss(**outputs, **p.select(fm_s, fm_t)) for p in self.parts]
-        return total(iter(values))
+        due = [(p, weight) for p in self.parts if (weight := p.weight_at(pct))]
+        values = [weight * p.loss(**outputs, **p.select(fm_s, fm_t)) for p, weight in due]
+        return total(iter(values)) if values else torch.zeros(())
 
     def __repr__(self) -> str:
         return f"combine({', '.join(f'{p.weight:g} · {p.name}' for p in self.parts)})"
@@ -115,8 +122,12 @@ def _as_part(name: str | None, item: Any) -> Part:
     if isinstance(loss, CombinedLoss):
         raise TypeError("a part of a combined loss cannot be a combined loss: give all parts at once")
     weight = 1.0 if weight is None else weight
-    if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+    if not hasattr(weight, "__float__") or not 0 <= float(weight) < math.inf:
         raise ValueError(f"the weight of {name or name_of(loss)} must be 0 or more, got {weight!r}")
     if pairs is not None and not (isinstance(pairs, Mapping) and {"student", "teacher"} <= pairs.keys()):
         raise TypeError(f"the pairs of {name or name_of(loss)} must be as from match_feature_layers, got {pairs!r}")
+    if pairs is not None:
+        pairs = {side: listify(pairs[side]) for side in ("student", "teacher")}
+        if len(pairs["student"]) != len(pairs["teacher"]):
+            raise ValueError(f"layers pair by position, {name or name_of(loss)} has unequal numbers: {pairs}")
     return Part(name or name_of(loss), loss, float(weight), pairs, schedule)

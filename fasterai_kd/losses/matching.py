@@ -10,6 +10,7 @@ from fastcore.basics import tuplify
 from torch import Tensor, nn
 
 from .._modes import evaluating
+from .._tensors import map_tensors
 
 __all__ = ["LayerPair", "LayerPairs", "get_model_layers", "get_module_by_name", "match_feature_layers"]
 
@@ -121,11 +122,15 @@ def _map_shapes(model: nn.Module, sample_input: Tensor | tuple[Tensor, ...]) -> 
             shapes[names[module]] = tuple(output.shape[1:])
 
     param = next(model.parameters(), torch.empty(0))
-    xb = [x.to(param.device) for x in tuplify(sample_input)]
-    if len(xb) == 1 and xb[0].ndim == 3:
+    xb = [map_tensors(lambda t: t.to(param.device), x) for x in tuplify(sample_input)]
+    if len(xb) == 1 and isinstance(xb[0], Tensor) and xb[0].ndim == 3:
         xb = [xb[0].unsqueeze(0)]
     with torch.no_grad(), evaluating(model), Hooks(names, note, detach=False):
-        model(*xb)
+        try:
+            model(*xb)
+        except TypeError as e:
+            hint = "sample_input is what the model is called with, without labels: of a batch (x, y) give x"
+            raise TypeError(f"{type(model).__name__}: {e}. {hint}") from e
     return shapes
 
 

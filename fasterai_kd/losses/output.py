@@ -69,6 +69,7 @@ def DecoupledKD(
     normalize: bool = False,  # Normalized KD instead
     *,
     reduction: str = "mean",  # 'mean', or 'none' for one value a sample (B,)
+    ignore_index: int | None = None,  # label of samples or positions that do not count, such as a mask's void
     standardize: bool = False,  # first bring the logits of each sample to mean 0 and standard deviation 1
     **kwargs: Any,
 ) -> Tensor:
@@ -87,6 +88,9 @@ def DecoupledKD(
         raise ValueError("DecoupledKD needs `target`, the labels; without labels use SoftTarget")
     s, t = logits("DecoupledKD", pred, teacher_pred, T, standardize)
     y = class_indices(target, s)
+    ignored = None if ignore_index is None else y == ignore_index
+    if ignored is not None:
+        y = y.masked_fill(ignored, 0)
     log_p_s, log_rest_s, z_s = _split_target(s / T, y)
     log_p_t, log_rest_t, z_t = map(finite, _split_target(t / T, y))
     q_t = z_t.scatter(1, y, -math.inf).exp()  # teacher among the other classes; 0 at the target
@@ -97,11 +101,13 @@ def DecoupledKD(
     else:
         tckd = log_p_t.exp() * (log_p_t - log_p_s) + log_rest_t.exp() * (log_rest_t - log_rest_s)
     loss = (alpha * tckd + beta * nckd) * T**2
-    if reduction == "none":
-        return loss.flatten(1).mean(1)
-    if reduction == "mean":
-        return loss.mean()
-    raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    loss = loss.flatten(1 if reduction == "none" else 0)
+    if ignored is None:
+        return loss.mean(-1)
+    ignored = ignored.view_as(loss)
+    return loss.masked_fill(ignored, 0).sum(-1) / (~ignored).sum(-1).clamp(min=1)
 
 
 def DIST(
