@@ -97,7 +97,9 @@ def plot_losses(
     smooth: float = 0.8,  # share of the past in the running means, drawn over the losses themselves; 0: none
     ax: Axes | None = None,
 ) -> Axes:
-    """Each part of the loss, unweighted, in each step of the last fit, and the weight on the right.
+    """Task and distillation loss in each step of the last fit, without the callback's weight, which is on the right.
+
+    The parts of a combined loss are there with their own weights and schedules: one that fades falls.
 
     The scale is logarithmic if no loss is ≤ 0. There are gaps where the teacher did not run.
     """
@@ -144,7 +146,12 @@ def plot_comparison(
         std = f" ± {a.std(ddof=1):.{digits}f}" if len(a) > 1 else ""
         gain = f" ({a.mean() - base:+.{digits}f})" if base is not None and name != baseline else ""
         labels.append(f"{name}\n{a.mean():.{digits}f}{std}{gain}")
-    ax.set(xlabel="accuracy", yticks=range(len(labels)), yticklabels=labels, ylim=(len(labels) - 0.5, -0.5))
+    ax.set(
+        xlabel="accuracy in %" if digits == 1 else "accuracy",
+        yticks=range(len(labels)),
+        yticklabels=labels,
+        ylim=(len(labels) - 0.5, -0.5),
+    )
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
@@ -167,7 +174,7 @@ def plot_similarity(
         a.imshow(cka, cmap=MAPS, vmin=0, vmax=1, aspect="auto")
         for (i, j), value in np.ndenumerate(cka):
             a.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
-        a.set(ylabel=title, xlabel="teacher", yticks=range(len(names_s)), yticklabels=names_s)
+        a.set(title="linear CKA", ylabel=title, xlabel="teacher", yticks=range(len(names_s)), yticklabels=names_s)
         _name_ticks(a, names_t)
     return axes
 

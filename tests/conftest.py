@@ -15,6 +15,7 @@ with warnings.catch_warnings():  # of fastai's own imports; everything else is a
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.data.core import Datasets
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -41,6 +42,24 @@ class Net(nn.Module):
     def forward(self, x):
         x = self.relu(self.bn1(self.conv1(x)))
         return self.head(self.layer2(self.layer1(x)).mean((2, 3)))
+
+
+class Several(nn.Module):
+    "As a text model: predictions, and what it gives besides."
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, x):
+        return self.net(x), x, x
+
+
+class First(Callback):
+    "As fastai's callback for them."
+
+    def after_pred(self):
+        self.learn.pred = self.pred[0]
 
 
 PAIRS = (["conv1", "layer1", "layer2"], ["conv1", "layer1", "layer2"])

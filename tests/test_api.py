@@ -67,13 +67,14 @@ def test_the_version_is_that_of_the_installed_package():
 
 ARROWS = {  # who may import whom: everything else of the package is off limits
     "_tensors": [],
+    "_classes": [],
     "_modes": [],
     "schedule": [],
     "capture": ["_modes", "_tensors"],
     "watch": ["capture"],
     "adapters": ["_tensors"],
     "teacher": ["_modes", "_tensors"],
-    "ema": ["teacher"],
+    "ema": ["_tensors", "teacher"],
     "recipes": ["losses", "schedule"],
     "inputs": ["_tensors"],
     "fast": ["_modes", "_tensors"],
@@ -83,13 +84,13 @@ ARROWS = {  # who may import whom: everything else of the package is off limits
     "_shelf": [],
     "cache": ["_fingerprint", "_measure", "_packing", "_shelf", "_tensors"],
     "parts": ["_tensors"],
-    "losses._logits": ["_tensors"],
+    "losses._logits": ["_classes", "_tensors"],
     "losses._pairs": ["_tensors"],
     "losses.combine": ["_pairs", "_tensors"],
     "losses.output": ["_logits"],
     "losses.intermediate": ["_logits", "_pairs", "_tensors", "relations"],
     "losses.relations": ["_pairs"],
-    "losses.matching": ["_modes"],
+    "losses.matching": ["_modes", "_tensors"],
     "probe": ["_modes", "_tensors", "capture", "losses.matching"],
 }
 

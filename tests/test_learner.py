@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CLASSES, IMAGES, Net, hooks, same, state
+from conftest import CLASSES, IMAGES, First, Net, Several, hooks, same, state
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -108,24 +108,6 @@ def test_choosing_leaves_student_and_teacher_as_they_were(make_learner, teacher)
     assert teacher.training
     assert hooks(teacher) == hooks(learn.model) == 0
     assert torch.equal(before["conv1.weight"], learn.model.conv1.weight)
-
-
-class Several(nn.Module):
-    "Predictions, and what a text model gives besides."
-
-    def __init__(self):
-        super().__init__()
-        self.net = Net()
-
-    def forward(self, x):
-        return self.net(x), x, x
-
-
-class First(Callback):
-    "As fastai's callback for text models."
-
-    def after_pred(self):
-        self.learn.pred = self.pred[0]
 
 
 def test_predictions_are_the_first_of_several_outputs_as_of_text_models(make_learner, capsys):

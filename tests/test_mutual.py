@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Net, hooks, same, state
+from conftest import First, Net, Several, hooks, same, state
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
@@ -289,24 +289,6 @@ def test_a_peer_moves_to_the_students_device(dls):
     learn, peer = (Learner(gpu, Net(), loss_func=F.cross_entropy) for _ in range(2))
     learn.fit(1, 0.1, cbs=[MutualLearning(peer), MixedPrecision("bf16")])
     assert next(peer.model.parameters()).is_cuda
-
-
-class Several(nn.Module):
-    "Predictions, and what a text model gives besides."
-
-    def __init__(self):
-        super().__init__()
-        self.net = Net()
-
-    def forward(self, x):
-        return self.net(x), x, x
-
-
-class First(Callback):
-    "As fastai's callback for text models."
-
-    def after_pred(self):
-        self.learn.pred = self.pred[0]
 
 
 def test_a_peers_predictions_are_the_first_of_several_outputs(make_learner, make_peer):

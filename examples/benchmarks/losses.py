@@ -17,7 +17,7 @@ MAPS = [(64, 112), (64, 56), (128, 28), (256, 14), (512, 7)]  # channels and hei
 
 def losses_only(args):
     "Rows of the table of loss functions, forward and backward."
-    yield "loss", "sizes", "ours, ms (fastest)", "fasterai / ours", "peak of ours, MB", "peak of fasterai, MB"
+    yield "loss", "sizes", "ours, ms (fastest)", "fasterai / ours", "peak of ours, MiB", "peak of fasterai, MiB"
     peer = get_peer()
     for name, what, kwargs in loss_cases(args):
         both = {"ours": LOSSES[name]} | ({"fasterai": getattr(peer[1], name)} if peer else {})

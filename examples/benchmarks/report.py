@@ -3,6 +3,7 @@
 from math import sqrt
 
 import numpy as np
+from benchmarks.variants import get_variants
 from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
@@ -126,10 +127,13 @@ def head(rows, data):
     values = {name: unique(s[name] for s in settings) for name in ("teacher", "student", "seed", "library")}
     versions = {name: " and ".join(unique(row[name] for row in rows)) for name in ("torch", "fastai", "device")}
     peer = " --peer" if "fasterai" in values["library"] else ""
+    used = unique(part[0] for s in settings for part in s["parts"])
+    every = {part[0] for v in get_variants(None) for part in v.parts}
+    losses = "" if set(used) == every else f" --losses {','.join(used)}"
     commands = [
         f"python examples/benchmark_losses.py --data {data} --teacher {teacher} --student "
         f"{','.join(unique(s['student'] for s in settings if s['teacher'] == teacher))} --seeds "
-        f"{len(values['seed'])}{given_lr(rows)[0]}{peer} --out nbs/results"
+        f"{len(values['seed'])}{losses}{given_lr(rows)[0]}{peer} --out nbs/results"
         for teacher in values["teacher"]
     ]
     return (

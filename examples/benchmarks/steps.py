@@ -17,7 +17,7 @@ OURS = {"ours": {}, "ours, fast_teacher": {"fast_teacher": True}, "ours, cache":
 
 def steps(args):
     "Rows of the table of steps: each loss, each variant."
-    yield "loss", "step", "ms (fastest)", "/ student alone", "/ limit", "saved, MB", "peak, MB", "left, MB"
+    yield "loss", "step", "ms (fastest)", "/ student alone", "/ limit", "saved, MiB", "peak, MiB", "left, MiB"
     student, teacher, layers = get_models(args)
     for loss in args.losses or LOSSES:
         callbacks = get_callbacks(loss, layers)

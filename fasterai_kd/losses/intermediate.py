@@ -25,7 +25,7 @@ def Attention(
     p: float = 2,  # power of the activations
     **kwargs: Any,
 ) -> Tensor:
-    """Mean squared difference of the attention maps: mean over channels of |F|^`p`, of unit norm over H·W.
+    """Mean squared difference of the attention maps: mean over channels of `|F|^p`, of unit norm over H·W.
 
     Channels may differ. Of maps with unequal H×W the larger is average-pooled to the smaller.
 
@@ -56,7 +56,7 @@ def ActivationBoundaries(
     m: float = 2,  # margin
     **kwargs: Any,
 ) -> Tensor:
-    """Mean squared distance by which the student misses -`m` where the teacher is off (≤ 0), +`m` where it is on.
+    """Mean squared distance by which the student misses `-m` where the teacher is off (≤ 0), `+m` where it is on.
 
     Raises ValueError for missing layers or unequal shapes.
     Source: Heo et al., "Knowledge Transfer via Distillation of Activation Boundaries", AAAI 2019: the loss with margin.
