@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,6 @@ __all__ = [
     "check_teacher_runs",
     "check_tfm",
     "check_trained",
-    "check_vocab",
     "check_weights",
     "loss_parameters",
     "needs_equal_shapes",
@@ -180,34 +179,6 @@ def check_ensemble(source: Teacher, losses: Sequence[Callable[..., Any]], layers
         raise ValueError("an ensemble has no common layers to compare: give one teacher, or a loss on outputs")
     if isinstance(source, Ensemble) and any(function_of(loss) is Logits for loss in losses):
         raise ValueError("an ensemble gives log-probabilities, Logits compares raw outputs: give one teacher")
-
-
-def check_vocab(
-    source: Teacher,
-    dls: Any,  # the student's
-) -> None:
-    "Do a teacher that was given as a Learner and the student number classes, or words, in the same order?"
-    for teacher in source.members:
-        for theirs, own in _vocabs(teacher.vocab, getattr(dls, "vocab", None)):
-            i = next((i for i, (a, b) in enumerate(zip(theirs, own, strict=False)) if a != b), None)
-            if i is None:
-                continue
-            text = (
-                f"teacher and student have other vocabularies: entry {i} is {theirs[i]!r} for the teacher and "
-                f"{own[i]!r} for the student"
-            )
-            if sorted(theirs, key=str) == sorted(own, key=str):
-                raise ValueError(f"{text}. Make the student's dataloaders with the teacher's: vocab=teacher.dls.vocab")
-            warnings.warn(f"{text}. Do they mean the same?", stacklevel=2)
-
-
-def _vocabs(theirs: Any, own: Any) -> list[tuple[list[Any], list[Any]]]:
-    "Pairs of plain lists: text has one of words and one of classes."
-    if any(v is None or isinstance(v, (str, Mapping)) or not isinstance(v, Iterable) for v in (theirs, own)):
-        return []
-    a, b = list(theirs), list(own)
-    nested = [isinstance(v, Iterable) and not isinstance(v, str) for v in (*a, *b)]
-    return [pair for x, y in zip(a, b, strict=False) for pair in _vocabs(x, y)] if any(nested) else [(a, b)]
 
 
 def check_trained(losses: Sequence[Callable[..., Any]], opt: Any) -> None:

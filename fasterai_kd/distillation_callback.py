@@ -21,13 +21,13 @@ from ._arguments import (
     check_teacher_runs,
     check_tfm,
     check_trained,
-    check_vocab,
     check_weights,
 )
 from ._blend import blend, scheduled
 from ._classes import class_dim, classes_first
 from ._measure import Later
 from ._tensors import plain, unwrap
+from ._vocab import check_vocab
 from .adapters import Adapters
 from .auto_weight import AutoWeight
 from .cache import TeacherCache
