@@ -24,7 +24,10 @@ def check_vocab(
                 f"{own[i]!r} for the student"
             )
             if sorted(theirs, key=str) == sorted(own, key=str):
-                raise ValueError(f"{text}. Make the student's dataloaders with the teacher's: vocab=teacher.dls.vocab")
+                raise ValueError(
+                    f"{text}. Make the student's dataloaders with vocab=teacher.dls.vocab; if your loss or teacher_tfm "
+                    "brings them together, give teacher.model"
+                )
             warnings.warn(f"{text}. Do they mean the same?", stacklevel=2)
 
 
@@ -33,5 +36,7 @@ def _vocabs(theirs: Any, own: Any) -> list[tuple[list[Any], list[Any]]]:
     if any(v is None or isinstance(v, (str, Mapping)) or not isinstance(v, Iterable) for v in (theirs, own)):
         return []
     a, b = list(theirs), list(own)
+    if a == b:
+        return []
     nested = [isinstance(v, Iterable) and not isinstance(v, str) for v in (*a, *b)]
     return [pair for x, y in zip(a, b, strict=False) for pair in _vocabs(x, y)] if any(nested) else [(a, b)]

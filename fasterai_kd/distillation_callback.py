@@ -37,6 +37,7 @@ from .losses._pairs import total
 from .losses.combine import CombinedLoss
 from .losses.matching import get_model_layers, get_module_by_name, match_feature_layers
 from .parts import LossParts
+from .schedule import Schedule
 from .teacher import Teacher, as_teacher
 from .teacher_pass import TeacherPass
 from .watch import StudentWatch
@@ -123,10 +124,11 @@ class KnowledgeDistillationCallback(Callback):
         others = [cb for cb in self.learn.cbs if isinstance(cb, KnowledgeDistillationCallback) and cb is not self]
         if not self._ask_teacher.is_fixed and any(cb._ask_teacher is self._ask_teacher for cb in others):
             raise ValueError("two callbacks would update one EMATeacher twice a step: give each its own")
+        self._ask_teacher.class_dim = 1
         self._ask_teacher.refresh()
         self._ask_teacher.check(unwrap(self.learn.model))
         self._look_at_loss()
-        if self._call_loss.reads_predictions:
+        if self._call_loss.names("teacher_pred"):
             check_vocab(self._ask_teacher, self.dls)
         check_trained([p.loss for p in self._call_loss.parts], self.learn.opt)
         if self.teacher is None:  # an average that is yet to be has the student's layers
@@ -283,8 +285,7 @@ class KnowledgeDistillationCallback(Callback):
     # How
 
     def _compare(self, name: str) -> AvgMetric:
-        self._parts.compares.add(name)
-        return self._parts.metrics([name])[0]
+        return self._parts.share(name)
 
     def _part_names(self) -> list[str]:
         parts = self._call_loss.parts
@@ -308,16 +309,17 @@ class KnowledgeDistillationCallback(Callback):
         pred, fm_s = self.learn.pred, self._watch.take()
         if self.training and not self._checked:
             _warn_if_fixed(fm_s)
-        dim = teacher.class_dim = class_dim(pred, self.y, self.learn.loss_func)
+        mix = getattr(self.learn.loss_func, "__self__", None)
+        mix = mix if isinstance(mix, MixHandler) else None
+        task_loss = self.learn.loss_func if mix is None else mix.old_lf
+        dim = teacher.class_dim = class_dim(pred, self.y, task_loss, teacher.class_dim)
         self._teacher_xb = teacher_inputs(self.teacher_tfm, self.xb)
         teacher_pred, fm_t = self._teacher_pass(teacher, self._teacher_xb, self.training, isinstance(pred, Tensor))
         self._parts.compare(classes_first(plain(pred), dim), classes_first(teacher_pred, dim), plain(self.y))
-        mix = getattr(self.learn.loss_func, "__self__", None)
-        mix = mix if isinstance(mix, MixHandler) and self.training else None
         outputs = {"pred": pred, "teacher_pred": teacher_pred, "fm_s": fm_s, "fm_t": fm_t}
         with torch.autocast(self.learn.loss_grad.device.type, enabled=False):
             adapt = self._adapters.of(self.learn.model, teacher.model)
-            parts = self._call_loss(outputs, self.y, mix, self._pct(), adapt, dim)
+            parts = self._call_loss(outputs, self.y, mix if self.training else None, self._pct(), adapt, dim)
         self._checked = True
         return parts
 
@@ -345,10 +347,12 @@ class KnowledgeDistillationCallback(Callback):
         "And at the layers that it compares: the user may have changed it."
         call = self._call_loss = LossCall(self.loss, self.activations_student, self.activations_teacher)
         self._watch = StudentWatch(call.student)
-        for percent in range(101):  # not when the training is nearly done
-            scheduled(self._base_weight(), self.schedule, percent / 100, self.task_weight)
+        for percent in range(101):  # not only when the training is nearly done; functions may depend on more than this
+            if isinstance(self.schedule, Schedule):
+                scheduled(self._base_weight(), self.schedule, percent / 100, self.task_weight)
             for part in call.parts:
-                part.weight_at(percent / 100)
+                if isinstance(part.schedule, Schedule):
+                    part.weight_at(percent / 100)
         if self._ask_teacher is not None:
             check_ensemble(self._ask_teacher, [p.loss for p in call.parts], call.teacher)
             check_moving(self._ask_teacher, self._teacher_pass)

@@ -23,6 +23,7 @@ from ._tensors import plain, unwrap
 from .loss_call import LossCall
 from .losses import Mutual
 from .losses._pairs import total
+from .losses.combine import CombinedLoss, Part
 from .teacher import logits
 
 __all__ = ["MutualLearning"]
@@ -65,8 +66,8 @@ class MutualLearning(Callback):
         self.loss, self.weight = loss, weight
         if not self.peers or not all(isinstance(p, Learner) for p in self.peers):
             raise TypeError(f"peers must be a Learner, or a list of Learners, got {peers!r}")
-        layers = [p.pairs for p in getattr(loss, "parts", ())]
-        if any(layers) or any(loss_parameters(loss).get(name) for name in ("fm_s", "fm_t")):
+        parts = loss.parts if isinstance(loss, CombinedLoss) else [Part("", loss)]
+        if any(p.pairs or any(loss_parameters(p.loss).get(name) for name in ("fm_s", "fm_t")) for p in parts):
             raise ValueError("mutual learning compares predictions, this loss compares layers: give Mutual, SoftTarget")
         self._shows = False
 

@@ -5,7 +5,7 @@ from math import nan
 from typing import Any
 
 import torch
-from fastai.learner import AvgMetric
+from fastai.learner import AvgMetric, Learner
 from torch import Tensor
 
 from ._tensors import shape_of
@@ -30,7 +30,7 @@ class LossParts:
     def forget(self) -> None:
         "The end of a fit: metrics of one without the callback must not show its last batch."
         self._last: dict[str, Tensor] = {}
-        self._compared: dict[str, Tensor] = {}
+        self._compared: dict[str, tuple[Tensor, Tensor]] = {}
 
     def compare(self, pred: Any, teacher_pred: Any, target: Any) -> None:
         "Note what is to be seen of the classes that student and teacher predict."
@@ -38,11 +38,10 @@ class LossParts:
         if not self.compares:
             return
         student, teacher = (_classes(x, whose) for x, whose in ((pred, "student"), (teacher_pred, "teacher")))
-        n = teacher_pred.shape[1]
         if "agreement" in self.compares:
-            self._compared["agreement"] = _share_equal("agreement", teacher, student, n)
+            self._compared["agreement"] = _hits("agreement", teacher, student)
         if "teacher_accuracy" in self.compares:
-            self._compared["teacher_accuracy"] = _share_equal("teacher_accuracy", teacher, target, n)
+            self._compared["teacher_accuracy"] = _hits("teacher_accuracy", teacher, target, teacher_pred.shape[1])
 
     def note(
         self,
@@ -78,12 +77,30 @@ class LossParts:
         "Means over the samples, of these."
         return [AvgMetric(self._metric(name)) for name in names]
 
+    def share(self, name: str) -> AvgMetric:
+        "Of 'agreement' or 'teacher_accuracy'."
+        self.compares.add(name)
+        return _Share(self._metric(name), lambda: self._compared.get(name))
+
     def _metric(self, name: str) -> Callable[..., Tensor]:
         def value(*preds_and_targets: Any) -> Tensor:
-            return (self._last | self._compared).get(name, torch.tensor(nan))
+            return self._last.get(name, torch.tensor(nan))
 
         value.__name__ = name
         return value
+
+
+class _Share(AvgMetric):
+    "Hits among all that count, over the batches; nan if one of them was not compared."
+
+    def __init__(self, func: Callable[..., Tensor], compared: Callable[[], tuple[Tensor, Tensor] | None]):
+        super().__init__(func)
+        self._compared = compared
+
+    def accumulate(self, learn: Learner) -> None:
+        hits, counted = self._compared() or (torch.tensor(nan), torch.tensor(1.0))
+        self.total += learn.to_detach(hits)
+        self.count += learn.to_detach(counted)
 
 
 def _classes(output: Any, whose: str) -> Tensor:
@@ -93,10 +110,10 @@ def _classes(output: Any, whose: str) -> Tensor:
     return output.detach().argmax(1)
 
 
-def _share_equal(name: str, predicted: Tensor, classes: Any, n: int) -> Tensor:
-    "Of all samples, or positions, whose class is one of the `n`."
+def _hits(name: str, predicted: Tensor, classes: Any, n: int | None = None) -> tuple[Tensor, Tensor]:
+    "How many samples, or positions, are equal, and of how many; with `n` of those whose class is one of `n`."
     if not isinstance(classes, Tensor) or classes.numel() != predicted.numel():
         got = shape_of(classes) if isinstance(classes, Tensor) else type(classes).__name__
         raise ValueError(f"{name} compares classes {shape_of(predicted)}, got {got}")
-    counted = ((classes >= 0) & (classes < n)).sum()
-    return (predicted == classes.view_as(predicted)).sum() / counted
+    counted = torch.ones_like(classes, dtype=torch.bool) if n is None else (classes >= 0) & (classes < n)
+    return (predicted == classes.view_as(predicted)).sum().float(), counted.sum().float()

@@ -181,7 +181,7 @@ def as_teacher(
         teacher = _load(teacher)
     if isinstance(teacher, Learner):
         source = Teacher(teacher.model)
-        source.vocab = getattr(teacher.dls, "vocab", None)
+        source.vocab = getattr(teacher.dls, "vocab", None) if len(getattr(teacher.dls, "loaders", ())) else None
         return source
     if isinstance(teacher, (list, tuple)) and teacher:
         members = [as_teacher(t) for t in teacher]

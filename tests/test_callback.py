@@ -2,9 +2,11 @@
 
 import copy
 import inspect
+import math
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from conftest import PAIRS, Net, same, state
@@ -14,6 +16,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fasterai_kd import *
+from fasterai_kd.schedule import sched_lin
 
 LOSSES = [SoftTarget, Logits, Mutual, DecoupledKD, Attention, Similarity, FitNet, ActivationBoundaries]
 LOSSES += [DIST, RKD, PKT, CWD]
@@ -55,7 +58,11 @@ BAD = [
     (ValueError, "weight must be between 0 and 1, got nan", lambda t: (t, SoftTarget, None, None, float("nan"))),
     (TypeError, "schedule must be a Schedule or a function", lambda t: (t, SoftTarget, None, None, 0.5, "cos")),
     (TypeError, r"schedule must be .* such as SchedCos\(0, 1\)", lambda t: (t, SoftTarget, None, None, 0.5, SchedCos)),
-    (ValueError, r"got 1\.008 at 12% of the", lambda t: (t, SoftTarget, None, None, 0.9, lambda pct: 1 + pct)),
+    (
+        ValueError,
+        r"got 1\.008 at 12% of the",
+        lambda t: (t, SoftTarget, None, None, 0.9, Schedule(sched_lin, start_val=1, end_val=2)),
+    ),
     (TypeError, "weight must be a number, got None", lambda t: (t, SoftTarget, None, None, None)),
     (
         TypeError,
@@ -83,6 +90,26 @@ def test_arguments_that_cannot_work_are_refused_at_once(teacher, error, match, a
 def test_weights_of_a_sum_must_be_finite_and_not_negative(teacher, weight, task_weight):
     with pytest.raises(ValueError, match="weight must be"):
         KnowledgeDistillationCallback(teacher, SoftTarget, weight=weight, task_weight=task_weight)
+
+
+@pytest.mark.parametrize("schedule", [math.sqrt, np.sqrt, SchedCos(0, 1), Schedule(sched_lin)])
+def test_functions_of_all_kinds_are_schedules(make_learner, teacher, schedule):
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, schedule=schedule)
+    make_learner().fit(1, 0.01, cbs=kd)
+    assert kd.history["weight"][0] == 0 < kd.history["weight"][-1]
+
+
+def test_a_schedule_of_ones_own_is_called_for_batches_alone(make_learner, teacher):
+    calls = []
+
+    def schedule(pct):
+        calls.append(len(kd.history["weight"]))  # reads what is there from the first batch on
+        return 0.5
+
+    kd = KnowledgeDistillationCallback(teacher, combine((SoftTarget, 1.0, None, schedule)), schedule=schedule)
+    learn = make_learner()
+    learn.fit(1, 0.01, cbs=kd)
+    assert len(calls) == 2 * (4 + 2)  # of the whole and of the part, in training and in validation
 
 
 def test_a_balance_with_no_task_loss_is_refused(teacher):

@@ -1,6 +1,7 @@
 "Classes in the last dimension, as of language models, and labels with a dimension of size 1, as of tabular data."
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from fasterai_kd import *
 from fasterai_kd._classes import class_dim
+from fasterai_kd.parts import LossParts
 
 CLASSES = 5
 OVER_CLASSES = [SoftTarget, DecoupledKD, Mutual, DIST]
@@ -105,6 +107,7 @@ ints = lambda *shape: torch.zeros(shape, dtype=torch.long)  # noqa: E731
         (x(4, 8, 8, 3), ints(4, 8, 8), None, 3),
         (x(4, 7, 7), ints(4, 7), nn.CrossEntropyLoss(), 1),  # both fit: as torch has it,
         (x(4, 7, 7), ints(4, 7), CrossEntropyLossFlat(), 2),  # unless the task loss says otherwise
+        (x(4, 7, 7), ints(4, 7), lambda pred, y: 0, 1),
         (x(4, 7, 3), x(4, 7), None, 1),  # no classes
         (x(4, 7, 3), ints(4), None, 1),
         ((x(4, 7, 3),), ints(4, 7), None, 1),
@@ -112,6 +115,30 @@ ints = lambda *shape: torch.zeros(shape, dtype=torch.long)  # noqa: E731
 )
 def test_labels_tell_where_the_classes_are(pred, y, loss_func, dim):
     assert class_dim(pred, y, loss_func) == dim
+
+
+def test_where_both_fit_the_last_batch_tells_if_the_task_loss_does_not():
+    assert class_dim(x(4, 7, 7), ints(4, 7), None, otherwise=2) == 2
+    assert class_dim(x(4, 7, 7), ints(4, 7), CrossEntropyLossFlat(axis=1), otherwise=2) == 1
+
+
+def test_a_batch_of_as_many_words_as_classes_is_read_as_those_before_it():
+    class Short(Callback):
+        order = -5
+
+        def before_batch(self):
+            if self.iter:
+                self.learn.xb, self.learn.yb = (self.x[:, :CLASSES],), (self.y[:, :CLASSES],)
+
+    def weights(axis):
+        learn = learner(7, last=True)
+        loss_func = CrossEntropyLossFlat()
+        learn.loss_func = loss_func if axis else lambda pred, y: loss_func(pred, y)
+        torch.manual_seed(1)
+        learn.fit(1, 0.1, cbs=[Short(), KnowledgeDistillationCallback(Tagger(8), SoftTarget)])
+        return state(learn.model)
+
+    assert same(weights(axis=True), weights(axis=False))
 
 
 @pytest.mark.works("tasks", "labels (B, 1), as fastai's tabular learner has them")
@@ -161,6 +188,9 @@ def test_ignored_positions_are_as_if_they_were_not_there(normalize):
     dense = [z.T.reshape(1, 4, 2, 3) for z in (s, t)]
     got = DecoupledKD(*dense, target=y.view(1, 2, 3), normalize=normalize, ignore_index=255)
     torch.testing.assert_close(got, expected)
+    turned = y.view(1, 2, 3).transpose(1, 2)
+    got = DecoupledKD(*(z.transpose(2, 3) for z in dense), target=turned, normalize=normalize, ignore_index=255)
+    torch.testing.assert_close(got, expected)
     each = DecoupledKD(s, t, target=y, normalize=normalize, ignore_index=255, reduction="none")
     torch.testing.assert_close(each[kept].mean(), expected)
     assert not each[~kept].any()
@@ -206,5 +236,34 @@ def test_void_pixels_count_neither_in_decoupled_kd_nor_in_the_teachers_accuracy(
     predicted = teacher(x).argmax(1)[:, 1:]
     assert learn.recorder.values[-1][-1] == pytest.approx((predicted == y[:, 1:]).float().mean().item())
     learn, kd = learner()
-    with pytest.raises(RuntimeError, match=r"out of bounds.*void ones DecoupledKD leaves out with ignore_index"):
+    with pytest.raises(RuntimeError, match=r"out of bounds.*void ones are left out with ignore_index"):
         learn.fit(1, cbs=kd)
+
+
+def test_agreement_and_accuracy_are_shares_of_all_that_counts_also_where_batches_have_unequal_void():
+    g = torch.Generator().manual_seed(0)
+    items = [(torch.randn(3, 4, 4, generator=g), torch.randint(4, (4, 4), generator=g)) for _ in range(12)]
+    for i, (_, y) in enumerate(items):
+        y[: i // 2] = 255  # none in the first two, all in the last four
+    dls = DataLoaders.from_dsets(items, items, bs=4, shuffle=False, device="cpu", num_workers=0)
+    teacher = Mask()
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    learn = Learner(dls, Mask(), loss_func=CrossEntropyLossFlat(axis=1, ignore_index=255), lr=0.0)
+    learn.metrics, learn.logger = [kd.agreement, kd.teacher_accuracy], lambda *_: None
+    learn.add_cb(kd)
+    with learn.no_bar():
+        _, agreement, accuracy = learn.validate()
+    x, y = (torch.stack(z) for z in zip(*items, strict=True))
+    student, theirs, counts = learn.model(x).argmax(1), teacher(x).argmax(1), y != 255
+    assert agreement == pytest.approx((student == theirs).float().mean().item())
+    assert accuracy == pytest.approx((theirs == y)[counts].float().mean().item())
+
+
+def test_agreement_counts_classes_that_only_the_student_knows():
+    parts = LossParts()
+    metric = parts.share("agreement")
+    student, teacher = torch.eye(10)[[0, 7, 8, 9]], torch.eye(5)[[0, 1, 2, 3]]
+    parts.compare(student, teacher, None)
+    metric.reset()
+    metric.accumulate(SimpleNamespace(to_detach=lambda x: x))
+    assert metric.value == 0.25

@@ -17,11 +17,12 @@ from fasterai_kd import (
     KnowledgeDistillationCallback,
     Logits,
     MutualLearning,
+    Schedule,
     Similarity,
     SoftTarget,
     combine,
 )
-from fasterai_kd.schedule import lin, one_shot
+from fasterai_kd.schedule import lin, one_shot, sched_lin
 
 LAYER1 = {"student": ["layer1"], "teacher": ["layer1"]}
 LAYER2 = {"student": ["layer2"], "teacher": ["layer2"]}
@@ -287,6 +288,6 @@ def test_lists_of_unequal_length_are_refused_at_once():
 
 
 def test_a_schedule_of_a_part_that_falls_below_0_is_refused(teacher):
-    loss = combine((SoftTarget, 1.0), (Logits, 1.0, None, lambda pct: 0.5 - pct))
+    loss = combine((SoftTarget, 1.0), (Logits, 1.0, None, Schedule(sched_lin, start_val=0.5, end_val=-0.5)))
     with pytest.raises(ValueError, match=r"factors must be 0 or more, the schedule of Logits gives -0\.01 at 51%"):
         KnowledgeDistillationCallback(teacher, loss)

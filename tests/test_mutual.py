@@ -304,3 +304,17 @@ def test_what_cannot_be_mutual_is_refused_at_once(make_peer):
     layers = {"student": ["layer1"], "teacher": ["layer1"]}
     with pytest.raises(ValueError, match="mutual learning compares predictions, this loss compares layers"):
         MutualLearning(make_peer(), combine((Mutual, 1.0), (Attention, 1.0, layers)))
+    with pytest.raises(ValueError, match="mutual learning compares predictions, this loss compares layers"):
+        MutualLearning(make_peer(), combine((Mutual, 1.0), (Attention, 1.0)))
+
+
+def test_a_loss_that_is_a_module_may_have_parts_of_its_own(make_learner, make_peer):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Identity()])
+
+        def forward(self, pred, teacher_pred, **kwargs):
+            return (self.parts[0](pred) - teacher_pred).square().mean()
+
+    make_learner().fit(1, 0.01, cbs=MutualLearning(make_peer(), Own()))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Net, image, same, state
-from fastai.data.core import Datasets
+from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import Categorize, Normalize
 from fastai.learner import Learner
 from fastai.vision.core import TensorImage, cifar_stats, imagenet_stats
@@ -194,6 +194,22 @@ def test_classes_in_another_order_are_refused_before_the_first_batch(tmp_path, k
         kd = KnowledgeDistillationCallback(teacher, Attention, "conv1", "conv1")
         with learn.no_bar(), learn.no_logging():
             learn.fit(1, cbs=kd)
+
+
+def test_a_loss_that_does_not_name_the_teachers_predictions_does_not_need_its_classes(tmp_path):
+    def own(fm_s, fm_t, **kwargs):
+        return Attention(fm_s, fm_t)
+
+    teacher = Learner(animals(tmp_path, "cat", "dog", "ape", "bee"), Net(), loss_func=F.cross_entropy)
+    learn = Learner(animals(tmp_path, "ape", "bee", "cat", "dog"), Net(), loss_func=F.cross_entropy)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, own, "conv1", "conv1"))
+        learn.fit(1, cbs=KnowledgeDistillationCallback(teacher.model, SoftTarget))
+
+
+def test_a_teacher_without_data_has_no_classes_to_compare(make_learner):
+    teacher = Learner(DataLoaders(), Net(), loss_func=F.cross_entropy)
+    make_learner().fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
 
 
 def test_other_words_for_the_classes_give_a_warning_and_the_same_none(make_learner, dls):

@@ -106,7 +106,7 @@ def DecoupledKD(
     loss = loss.flatten(1 if reduction == "none" else 0)
     if ignored is None:
         return loss.mean(-1)
-    ignored = ignored.view_as(loss)
+    ignored = ignored.reshape(loss.shape)
     return loss.masked_fill(ignored, 0).sum(-1) / (~ignored).sum(-1).clamp(min=1)
 
 
