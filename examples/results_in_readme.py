@@ -19,10 +19,10 @@ from fasterai_kd.show import plot_comparison  # noqa: E402
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- made by examples/results_in_readme.py -->\n", "<!-- end -->\n"
 COLUMNS = {  # data and student → its name
-    ("digits", "6"): "handwritten digits",
-    ("fashion-mnist", "8"): "Fashion-MNIST, 8 channels",
-    ("fashion-mnist", "4"): "Fashion-MNIST, 4 channels",
-    ("fashion-mnist-all", "8"): "8 channels, all labels",
+    ("digits", "6"): "digits, 100 labels",
+    ("fashion-mnist", "8"): "Fashion-MNIST, 1,000 labels",
+    ("fashion-mnist", "4"): "the same, 4 channels",
+    ("fashion-mnist-all", "8"): "Fashion-MNIST, all labels",
 }
 EIGHT = ("SoftTarget", "DecoupledKD", "Logits", "Mutual", "Attention", "Similarity", "FitNet", "ActivationBoundaries")
 ROWS = {  # group and name, or how it begins → its name here
