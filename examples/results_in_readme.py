@@ -83,7 +83,7 @@ def draw(accs, path):
     for ax, column in zip(fig.subplots(1, 2), list(accs)[:2], strict=True):
         shown = {row.replace("`", ""): accs[column][row] for row in DRAWN}
         plot_comparison(shown, "student alone", ax)
-        ax.set(title=column, xlabel="test accuracy in %, a point for each of 5 seeds")
+        ax.set(title=column, xlabel="test accuracy in %, 5 seeds")
     fig.savefig(path, dpi=110, metadata={"Software": None})
 
 
