@@ -19,6 +19,7 @@ def class_dim(
         return 1
     last, first = y.shape == pred.shape[:-1], y.shape == pred.shape[:1] + pred.shape[2:]
     if last and first:
+        loss_func = getattr(getattr(loss_func, "__self__", None), "old_lf", loss_func)  # inside MixUp or CutMix
         return getattr(loss_func, "axis", otherwise) % pred.ndim
     return pred.ndim - 1 if last else 1
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.mixup import MixHandler
 from fastai.learner import AvgMetric
 from fastcore.basics import listify
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from .adapters import Adapters
 from .auto_weight import AutoWeight
 from .cache import TeacherCache
 from .inputs import teacher_inputs
-from .loss_call import LossCall
+from .loss_call import LossCall, mix_of
 from .losses._pairs import total
 from .losses.combine import CombinedLoss
 from .losses.matching import get_model_layers, get_module_by_name, match_feature_layers
@@ -309,17 +308,15 @@ class KnowledgeDistillationCallback(Callback):
         pred, fm_s = self.learn.pred, self._watch.take()
         if self.training and not self._checked:
             _warn_if_fixed(fm_s)
-        mix = getattr(self.learn.loss_func, "__self__", None)
-        mix = mix if isinstance(mix, MixHandler) else None
-        task_loss = self.learn.loss_func if mix is None else mix.old_lf
-        dim = teacher.class_dim = class_dim(pred, self.y, task_loss, teacher.class_dim)
+        dim = teacher.class_dim = class_dim(pred, self.y, self.learn.loss_func, teacher.class_dim)
         self._teacher_xb = teacher_inputs(self.teacher_tfm, self.xb)
         teacher_pred, fm_t = self._teacher_pass(teacher, self._teacher_xb, self.training, isinstance(pred, Tensor))
         self._parts.compare(classes_first(plain(pred), dim), classes_first(teacher_pred, dim), plain(self.y))
         outputs = {"pred": pred, "teacher_pred": teacher_pred, "fm_s": fm_s, "fm_t": fm_t}
         with torch.autocast(self.learn.loss_grad.device.type, enabled=False):
             adapt = self._adapters.of(self.learn.model, teacher.model)
-            parts = self._call_loss(outputs, self.y, mix if self.training else None, self._pct(), adapt, dim)
+            mix = mix_of(self.learn) if self.training else None
+            parts = self._call_loss(outputs, self.y, mix, self._pct(), adapt, dim)
         self._checked = True
         return parts
 

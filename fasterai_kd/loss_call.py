@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from fastai.callback.mixup import MixHandler
+from fastai.learner import Learner
 from fastcore.basics import detuplify
 from torch import Tensor, nn
 
@@ -15,9 +16,9 @@ from ._classes import as_rows, classes_first
 from ._tensors import plain, shape_of
 from .adapters import Adapt
 from .losses import DIST, DecoupledKD, Mutual, SoftTarget
-from .losses.combine import CombinedLoss, Part, function_of, name_of
+from .losses.combine import Part, function_of, parts_of
 
-__all__ = ["LossCall"]
+__all__ = ["LossCall", "mix_of"]
 
 OVER_CLASSES = (SoftTarget, DecoupledKD, Mutual, DIST)  # those in dim 1
 
@@ -36,8 +37,7 @@ class LossCall:
         teacher: Sequence[str],
     ):
         own = {"student": list(student), "teacher": list(teacher)}
-        parts = loss.parts if isinstance(loss, CombinedLoss) else [Part(name_of(loss), loss)]
-        self.parts = [replace(p, pairs=own if p.pairs is None else p.pairs) for p in parts]
+        self.parts = [replace(p, pairs=own if p.pairs is None else p.pairs) for p in parts_of(loss)]
         self._params = {p.name: loss_parameters(p.loss) for p in self.parts}
         self._adapts = {p.name for p in self.parts if needs_equal_shapes(p.loss)}
         self._checked = False
@@ -123,3 +123,9 @@ class LossCall:
             if "out of bounds" in str(e) and function_of(part.loss) is DecoupledKD:
                 hint = ". Labels must be classes; void ones are left out with ignore_index"
             raise RuntimeError(f"{part.name}: {e}. It got {', '.join(shapes)}{hint}") from e
+
+
+def mix_of(learn: Learner) -> MixHandler | None:
+    "MixUp or CutMix, while it mixes the task loss."
+    mix = getattr(learn.loss_func, "__self__", None)
+    return mix if isinstance(mix, MixHandler) else None

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler
 from fastai.callback.training import GradientAccumulation
 from fastai.learner import AvgLoss, Learner, Metric, replacing_yield
@@ -20,10 +19,10 @@ from ._arguments import check_weights, loss_parameters
 from ._classes import class_dim
 from ._modes import evaluating, in_training
 from ._tensors import plain, unwrap
-from .loss_call import LossCall
+from .loss_call import LossCall, mix_of
 from .losses import Mutual
 from .losses._pairs import total
-from .losses.combine import CombinedLoss, Part
+from .losses.combine import parts_of
 from .teacher import logits
 
 __all__ = ["MutualLearning"]
@@ -66,8 +65,7 @@ class MutualLearning(Callback):
         self.loss, self.weight = loss, weight
         if not self.peers or not all(isinstance(p, Learner) for p in self.peers):
             raise TypeError(f"peers must be a Learner, or a list of Learners, got {peers!r}")
-        parts = loss.parts if isinstance(loss, CombinedLoss) else [Part("", loss)]
-        if any(p.pairs or any(loss_parameters(p.loss).get(name) for name in ("fm_s", "fm_t")) for p in parts):
+        if any(p.pairs or any(loss_parameters(p.loss).get(fm) for fm in ("fm_s", "fm_t")) for p in parts_of(loss)):
             raise ValueError("mutual learning compares predictions, this loss compares layers: give Mutual, SoftTarget")
         self._shows = False
 
@@ -166,8 +164,7 @@ class MutualLearning(Callback):
     def _mimicry(self, preds: Sequence[Tensor], i: int) -> Tensor:
         "The mean over the others."
         others = [p.detach() for j, p in enumerate(preds) if j != i]
-        mix = getattr(self.learn.loss_func, "__self__", None)
-        mix, pct = mix if isinstance(mix, MixHandler) else None, getattr(self, "pct_train", 1.0)
+        mix, pct = mix_of(self.learn), getattr(self, "pct_train", 1.0)
         features: dict[str, Any] = {"fm_s": {}, "fm_t": {}}
         dim = class_dim(preds[i], self.y, self.peers[i - 1].loss_func if i else self.learn.loss_func)
         values = [
@@ -184,8 +181,8 @@ class MutualLearning(Callback):
 
     def _task_loss(self, peer: Learner, pred: Tensor) -> Tensor:
         "By its own function; of mixed samples as fastai mixes the learner's."
-        mix = getattr(self.learn.loss_func, "__self__", None)
-        if not isinstance(mix, MixHandler):
+        mix = mix_of(self.learn)
+        if mix is None:
             return peer.loss_func(pred, *self.yb)
         with _replacing(mix, "old_lf", peer.loss_func):
             return self.learn.loss_func(pred, *self.yb)

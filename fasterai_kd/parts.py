@@ -80,7 +80,7 @@ class LossParts:
     def share(self, name: str) -> AvgMetric:
         "Of 'agreement' or 'teacher_accuracy'."
         self.compares.add(name)
-        return _Share(self._metric(name), lambda: self._compared.get(name))
+        return _Share(self, name)
 
     def _metric(self, name: str) -> Callable[..., Tensor]:
         def value(*preds_and_targets: Any) -> Tensor:
@@ -93,12 +93,15 @@ class LossParts:
 class _Share(AvgMetric):
     "Hits among all that count, over the batches; nan if one of them was not compared."
 
-    def __init__(self, func: Callable[..., Tensor], compared: Callable[[], tuple[Tensor, Tensor] | None]):
-        super().__init__(func)
-        self._compared = compared
+    def __init__(self, parts: LossParts, name: str):
+        self._parts, self._name = parts, name
+
+    @property
+    def name(self) -> str:
+        return self._name
 
     def accumulate(self, learn: Learner) -> None:
-        hits, counted = self._compared() or (torch.tensor(nan), torch.tensor(1.0))
+        hits, counted = self._parts._compared.get(self._name) or (torch.tensor(nan), torch.tensor(1.0))
         self.total += learn.to_detach(hits)
         self.count += learn.to_detach(counted)
 

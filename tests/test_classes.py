@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import same, state
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -115,6 +116,12 @@ ints = lambda *shape: torch.zeros(shape, dtype=torch.long)  # noqa: E731
 )
 def test_labels_tell_where_the_classes_are(pred, y, loss_func, dim):
     assert class_dim(pred, y, loss_func) == dim
+
+
+def test_where_both_fit_the_task_loss_tells_also_inside_mixup():
+    mix = MixUp()
+    mix.old_lf = CrossEntropyLossFlat()
+    assert class_dim(x(4, 7, 7), ints(4, 7), mix.lf) == 2
 
 
 def test_where_both_fit_the_last_batch_tells_if_the_task_loss_does_not():

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._tensors import by_position
 from ._pairs import total
 
-__all__ = ["CombinedLoss", "Part", "combine", "factor_at", "function_of", "name_of"]
+__all__ = ["CombinedLoss", "Part", "combine", "factor_at", "function_of", "name_of", "parts_of"]
 
 _RESERVED = ("task_loss", "kd_loss", "weight")
 Pairs = Mapping[str, Sequence[str]]
@@ -95,6 +95,11 @@ def combine(
             part = replace(part, name=f"{part.name}_{n}")
         made.append(part)
     return CombinedLoss(made)
+
+
+def parts_of(loss: Callable[..., Tensor]) -> list[Part]:
+    "Of a combined loss; any other is its own only part."
+    return loss.parts if isinstance(loss, CombinedLoss) else [Part(name_of(loss), loss)]
 
 
 def factor_at(schedule: Any, pct: float) -> float:
