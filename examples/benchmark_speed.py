@@ -13,7 +13,7 @@ run too, `OMP_NUM_THREADS=1 python benchmark_speed.py --clock cpu` is steadier.
 - student alone: no distillation
 - limit: written by hand, hooks, teacher in evaluation mode without a graph, loss, blend, and nothing else; it clones no
   map, though some models overwrite maps in place (not those of the ResNets that are compared here)
-- ours: KnowledgeDistillationCallback, also with `fast_teacher`, and with `cache` when all is stored
+- ours: KnowledgeDistillationCallback, also with `cache` when all is stored
 - fasterai, torchdistill: if installed; the former with its own losses, of the latter the hooks in a step like the limit
 
 "saved" is what the graph keeps for the backward pass, without weights; "peak" is CUDA memory above what was there

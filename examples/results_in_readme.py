@@ -13,8 +13,7 @@ from matplotlib.figure import Figure
 warnings.filterwarnings("ignore", message="`torch.jit.script`")  # raised by fastai's import under a new torch
 
 from benchmarks.report import ALONE, Runs  # noqa: E402
-
-from fasterai_kd.show import plot_comparison  # noqa: E402
+from pictures import plot_comparison  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- made by examples/results_in_readme.py -->\n", "<!-- end -->\n"

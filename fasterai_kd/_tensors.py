@@ -1,13 +1,27 @@
-"Plain things out of wrapped ones: tensors for the losses, models for the hooks."
+"Tensors: plain ones out of subclasses, nested ones, predictions among several outputs."
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from fastai.torch_core import get_model
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["by_position", "map_tensors", "only_tensor", "plain", "shape_of", "tensors", "unwrap"]
+__all__ = ["DeferredBool", "by_position", "map_tensors", "only_tensor", "plain", "predictions", "shape_of", "tensors"]
+
+
+class DeferredBool:
+    "`bool(DeferredBool(flag))`, read when it is needed: the host does not wait for the device before that."
+
+    def __init__(self, flag: Tensor):
+        self._flag = flag.to("cpu", non_blocking=flag.is_cuda)
+        self._ready = torch.cuda.Event() if flag.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._ready is not None:
+            self._ready.record()
+
+    def __bool__(self) -> bool:
+        if self._ready is not None:
+            self._ready.synchronize()
+        return bool(self._flag)
 
 
 def plain(x: Any) -> Any:
@@ -27,17 +41,29 @@ def only_tensor(
     if isinstance(output, Tensor):
         return output
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    tensors = [o for o in parts if isinstance(o, Tensor)]
-    if len(tensors) != 1:
+    found = [o for o in parts if isinstance(o, Tensor)]
+    if len(found) != 1:
         raise TypeError(
-            f"{what} returns a {type(output).__name__} with {len(tensors)} tensors, expected one tensor: "
+            f"{what} returns a {type(output).__name__} with {len(found)} tensors, expected one tensor: "
             "name a layer inside it instead"
         )
-    return tensors[0]
+    return found[0]
+
+
+def predictions(
+    output: Any,  # what a model returned
+    whose: str = "the teacher",  # for the error
+) -> Tensor:
+    "The predictions among several outputs: 'logits' or 'out' of a dict, the first of a tuple."
+    if isinstance(output, Mapping):
+        output = output.get("logits", output.get("out", output))
+    elif isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        output = output[0]
+    return only_tensor(output, whose)
 
 
 def tensors(x: Any) -> Iterator[Tensor]:
-    "All in a nest of tuples, lists and dicts."
+    "All tensors in a nest of tuples, lists and dicts."
     if isinstance(x, Tensor):
         yield x
     elif isinstance(x, (Mapping, tuple, list)):
@@ -59,18 +85,12 @@ def by_position(names: Sequence[str], features: Mapping[str, Tensor], whose: str
     ordered: dict[str, Tensor] = {}
     for i, name in enumerate(names):
         if name not in features:
-            raise RuntimeError(f"layer {name!r} of the {whose} did not run in the forward pass: name another")
+            raise RuntimeError(f"layer {name!r} of the {whose} did not run in the forward pass: name another layer")
         n = list(names[:i]).count(name) + 1
-        ordered[name if n == 1 else f"{name}#{n}"] = plain(features[name])
+        ordered[name if n == 1 else f"{name}#{n}"] = features[name]
     return ordered
 
 
 def shape_of(x: Tensor) -> str:
     "The shape as a user writes it: `(8, 64, 7, 7)`."
     return str(tuple(x.shape))
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    "The user's model inside DataParallel, DistributedDataParallel and torch.compile."
-    inner: nn.Module = get_model(getattr(model, "_orig_mod", model))
-    return getattr(inner, "_orig_mod", inner)

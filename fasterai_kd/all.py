@@ -1,8 +1,6 @@
 "The star door for notebooks: `from fasterai_kd.all import *`."
 
 from .distillation_callback import *
-from .ema import *
-from .inputs import *
 from .losses import *
-from .mutual import *
-from .recipes import *
+from .mutual_learning import *
+from .teacher import *

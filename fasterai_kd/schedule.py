@@ -1,5 +1,6 @@
 "How the weight of the distillation loss moves during training: `pct` of the training done → factor."
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -120,3 +121,25 @@ schedules = ("one_shot", "iterative", "agp", "one_cycle", "cos", "lin", "dsd")
 def available_schedules() -> list[str]:
     "The names of the ready-made schedules."
     return list(schedules)
+
+
+def factor_at(schedule: Any, pct: float) -> float:
+    "Of a `Schedule` or a function: share of the training done → factor."
+    return float(getattr(schedule, "progress", schedule)(pct))
+
+
+def check_schedule(schedule: Any) -> None:
+    "None, a `Schedule` or a function; TypeError for anything else."
+    if schedule is None:
+        return
+    function = getattr(schedule, "progress", schedule)
+    if not callable(function):
+        raise TypeError(f"schedule must be a Schedule or a function pct → factor, got {schedule!r}")
+    try:
+        inspect.signature(function).bind(0.0)
+    except ValueError:  # compiled, without a signature
+        return
+    except TypeError as e:
+        raise TypeError(
+            f"schedule must be a Schedule or a function pct → factor, such as SchedCos(0, 1); {schedule!r}: {e}"
+        ) from e

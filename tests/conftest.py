@@ -134,7 +134,7 @@ def example(name):
         warnings.simplefilter("ignore")  # of other libraries' imports, to compare with
         patch.syspath_prepend(script.parent)
         yield runpy.run_path(str(script))
-    for name in [name for name in sys.modules if name.split(".")[0] in ("benchmarks", "quickstart")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("benchmarks", "pictures", "quickstart")]:
         del sys.modules[name]
 
 

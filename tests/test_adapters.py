@@ -98,7 +98,7 @@ def test_the_loss_compares_batch_normalized_1x1_convolutions_of_maps_pooled_to_t
         else:
             mean, var = bn.running_mean, bn.running_var
         s = (s - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
-        torch.testing.assert_close(kd._parts._last["kd_loss"], loss({"": s}, {"": t}).detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(kd._history._last["kd_loss"], loss({"": s}, {"": t}).detach(), rtol=1e-4, atol=1e-5)
         seen.append(learn.training)
 
     kd, learn = auto(wide, loss, layer_s, layer_t), make_learner()
@@ -274,7 +274,7 @@ def test_in_a_combined_loss_only_parts_that_need_equal_shapes_are_adapted_and_ea
         seen.append([f.shape[1] for f in (*fm_s.values(), *fm_t.values())])
         return Attention(fm_s, fm_t)
 
-    attention.needs_equal_shapes = False
+    attention.same_shape = False
     loss = combine((SoftTarget, 1), (FitNet, 1), (partial(CWD, T=2.0), 1), (attention, 1), (Similarity, 1, pair))
     kd = auto(wide, loss)
     make_learner().fit(1, 0.1, cbs=kd)
@@ -304,7 +304,7 @@ def test_a_loss_of_ones_own_gets_equal_shapes_unless_it_says_that_it_takes_other
     own = Own()
     for needs, channels in ((None, [12, 12]), (True, [12, 12]), (False, [8, 12])):
         if needs is not None:
-            own.needs_equal_shapes = needs
+            own.same_shape = needs
         make_learner().fit(1, 0.1, cbs=auto(wide, own))
         assert seen.pop() == channels
 

@@ -5,21 +5,22 @@ import importlib.metadata
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import fasterai_kd
+from fasterai_kd.losses._traits import REGISTRY
 
 LOSSES = ["SoftTarget", "Logits", "Mutual", "DecoupledKD", "Attention", "Similarity", "FitNet", "ActivationBoundaries"]
 LOSSES += ["DIST", "RKD", "PKT", "CWD"]
 CALLBACK = [
     "KnowledgeDistillationCallback",
-    "TeacherCache",
     "get_model_layers",
     "get_module_by_name",
     "match_feature_layers",
 ]
-MORE = ["EMATeacher", "MutualLearning", "recipe", "renormalize"]
+MORE = ["EMATeacher", "Ensemble", "MutualLearning", "Teacher", "TeacherCache", "renormalize"]
 SCHEDULES = ["Schedule", "one_shot", "iterative", "agp", "one_cycle", "cos", "lin", "dsd", "schedules"]
 SCHEDULES += ["sched_oneshot", "sched_iterative", "sched_agp", "sched_onecycle", "sched_dsd", "available_schedules"]
 
@@ -65,42 +66,59 @@ def test_the_version_is_that_of_the_installed_package():
     assert importlib.metadata.version("fasterai_kd") == fasterai_kd.__version__
 
 
-ARROWS = {  # who may import whom: everything else of the package is off limits
-    "_tensors": [],
-    "_classes": [],
-    "_modes": [],
-    "schedule": [],
-    "capture": ["_modes", "_tensors"],
-    "watch": ["capture"],
-    "adapters": ["_tensors"],
-    "teacher": ["_modes", "_tensors"],
-    "ema": ["_tensors", "teacher"],
-    "recipes": ["losses", "schedule"],
-    "inputs": ["_tensors"],
-    "fast": ["_modes", "_tensors"],
-    "_fingerprint": [],
-    "_measure": [],
-    "_packing": ["_tensors"],
-    "_shelf": [],
-    "cache": ["_fingerprint", "_measure", "_packing", "_shelf", "_tensors"],
-    "parts": ["_tensors"],
-    "losses._logits": ["_classes", "_tensors"],
-    "losses._pairs": ["_tensors"],
-    "losses.combine": ["_pairs", "_tensors"],
-    "losses.output": ["_logits"],
-    "losses.intermediate": ["_logits", "_pairs", "_tensors", "relations"],
-    "losses.relations": ["_pairs"],
-    "losses.matching": ["_modes", "_tensors"],
-    "probe": ["_modes", "_tensors", "capture", "losses.matching"],
+PACKAGE = Path(fasterai_kd.__file__).parent
+FLOOR = {"_tensors", "_modules", "_class_axis", "schedule"}  # imported by all, importing one another alone
+ROOMS = {  # may import, besides the floor
+    "losses": set(),
+    "features": set(),
+    "teacher": {"features.hooks"},
+    "weighting": set(),
+    "history": set(),
+    "extra_optimizers": set(),
+    "_layer_similarity": {"features.hooks", "losses.matching"},
+    "mutual_learning": {"losses", "weighting"},
+    "distillation_callback": {"losses", "features", "teacher", "weighting", "history", "extra_optimizers"},
+    "distill": {"losses", "teacher", "distillation_callback"},
+    "show": {"losses", "distillation_callback", "_layer_similarity"},
 }
 
 
-@pytest.mark.parametrize("module", ARROWS)
-def test_losses_schedules_capture_and_teacher_know_neither_each_other_nor_the_callback(module):
-    tree = ast.parse(inspect.getsource(importlib.import_module(f"fasterai_kd.{module}")))
-    nodes = ast.walk(tree)
-    imported = [n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.level]
-    assert sorted(imported) == ARROWS[module]
+def imported(path):
+    "The package's own modules that a file imports, from its root: 'losses.combine'."
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*parts[: len(parts) - node.level], *(node.module.split(".") if node.module else [])]
+            yield from [".".join(base)] if node.module else [".".join([*base, n.name]) for n in node.names]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_arrows_between_the_rooms_point_down(path):
+    room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if room in ("__init__", "all"):
+        return
+    allowed = FLOOR if room in FLOOR else FLOOR | ROOMS[room] | {room}
+    for name in imported(path):
+        assert any(name == a or name.startswith(f"{a}.") for a in allowed), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_stay_small(path):
+    assert len(path.read_text().splitlines()) <= 300
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            documented = ast.get_docstring(node, clean=False) or ""
+            statements = node.end_lineno - node.body[0].lineno + 1 - len(documented.splitlines())
+            assert statements <= 40, f"{node.name} has {statements} lines"
+
+
+def test_the_callback_is_read_on_few_screens():
+    assert len((PACKAGE / "distillation_callback.py").read_text().splitlines()) <= 300
+
+
+def test_the_registry_has_the_losses_that_are_imported():
+    assert sorted(REGISTRY) == sorted(LOSSES)
+    assert all(getattr(fasterai_kd, name) is loss for name, loss in REGISTRY.items())
 
 
 def test_importing_the_package_draws_no_picture_and_imports_no_optional_package():

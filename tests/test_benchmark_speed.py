@@ -8,7 +8,7 @@ import torch
 from conftest import example
 
 TINY = ["--student-arch=squeezenet1_1", "--teacher-arch=squeezenet1_1", "--px=32", "--bs=2", "--steps=1", "--rounds=1"]
-STEPS = ["student alone", "limit", "ours", "ours, fast_teacher", "ours, cache", "fasterai", "torchdistill"]
+STEPS = ["student alone", "limit", "ours", "ours, cache", "fasterai", "torchdistill"]
 OUTPUT = ("SoftTarget", "DecoupledKD", "Logits", "Mutual")
 ABSENT = r"not installed|no `\w+` here"
 

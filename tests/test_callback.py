@@ -249,15 +249,29 @@ class Learned(nn.Module):
         return (self.map(pred) - teacher_pred).square().mean()
 
 
-def test_a_loss_with_weights_that_nobody_trains_gives_a_warning(make_learner, teacher):
+@pytest.mark.parametrize("combined", [False, True])
+def test_a_loss_that_is_a_module_is_trained_along_and_in_no_file(make_learner, teacher, combined):
     loss = Learned()
-    with pytest.warns(UserWarning, match="the parameters of the loss Learned are not trained: give them"):
-        make_learner().fit(1, cbs=KnowledgeDistillationCallback(teacher, loss))
-    loss.requires_grad_(False)
-    make_learner().fit(1, cbs=KnowledgeDistillationCallback(teacher, loss))
+    before, learn = state(loss), make_learner()
+    kd = KnowledgeDistillationCallback(teacher, combine((loss, 1.0), (SoftTarget, 1.0)) if combined else loss)
+    learn.fit(1, 0.01, cbs=kd)
+    assert not same(before, state(loss))
+    assert all(p.grad is None for p in loss.parameters())
+    assert {id(p) for group in learn.opt.param_lists for p in group} == {id(p) for p in learn.model.parameters()}
+    after = state(loss.requires_grad_(False))
+    learn.fit(1, 0.01, cbs=kd)
+    assert same(after, state(loss))
 
 
-def test_a_loss_with_weights_learns_along_where_the_splitter_has_them_as_the_warning_says(make_learner, teacher):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # fastai loads the weights back
+def test_lr_find_leaves_a_loss_with_weights_as_it_was(make_learner, teacher):
+    loss = Learned()
+    before = state(loss)
+    make_learner(cbs=KnowledgeDistillationCallback(teacher, loss)).lr_find(num_it=4, show_plot=False)
+    assert same(before, state(loss))
+
+
+def test_a_loss_whose_weights_the_splitter_gives_to_the_learner_is_trained_once(make_learner, teacher):
     loss = Learned()
     learn = make_learner(splitter=lambda model: [[*model.parameters(), *loss.parameters()]])
     before = state(loss)

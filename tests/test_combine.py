@@ -195,15 +195,6 @@ def test_parts_are_columns_of_the_progress_table(make_learner, teacher):
     assert kd_loss == pytest.approx(soft + where, rel=1e-5)
 
 
-@pytest.mark.parametrize("reads", [False, True])
-def test_the_teacher_stops_early_only_if_no_part_reads_its_predictions(make_learner, teacher, reads):
-    runs = []
-    teacher.head.forward = lambda x, forward=teacher.head.forward: (runs.append(1), forward(x))[1]
-    parts = [(Attention, 1.0, LAYER1), (Similarity, 1.0, LAYER2)] + [(SoftTarget, 1.0)] * reads
-    fit(make_learner, teacher, combine(*parts), epochs=2)
-    assert len(runs) == (12 if reads else 1)
-
-
 def test_mixup_mixes_each_part_that_uses_labels(make_learner, teacher):
     def needs_labels(pred, target, **kwargs):
         return nn.functional.cross_entropy(pred, target)

@@ -55,14 +55,21 @@ for fit in range(2):
     calls.clear()
     torch.manual_seed(0)
     student = [Net(4) for _ in range(2)][1]  # as above
-    kd = KnowledgeDistillationCallback(teacher, loss, layers, layers, cache=f"outputs{world}")
+    kd = KnowledgeDistillationCallback(Teacher(teacher, cache=f"outputs{world}"), loss, layers, layers)
     learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), opt_func=sgd, wd=0., metrics=kd.metrics)
     with contextlib.redirect_stdout(printed), learn.distrib_ctx(sync_bn=False, cpu=True):
         learn.fit(2, 0.1, cbs=kd)
-    again.append(([p.detach() for p in learn.model.parameters()], len(calls), len(kd.cache)))
+    again.append(([p.detach() for p in learn.model.parameters()], len(calls), len(kd._teacher.cache)))
     if world > 1:
         torch.distributed.barrier()
 results["cached"] = again
+
+torch.manual_seed(0)
+kd = KnowledgeDistillationCallback(Net(4), SoftTarget, weight="auto")
+learn = Learner(dls, Net(4), loss_func=CrossEntropyLossFlat(), opt_func=sgd, wd=0.)
+with contextlib.redirect_stdout(io.StringIO()), learn.distrib_ctx(sync_bn=False, cpu=True):
+    learn.fit(2, 0.1, cbs=kd)
+results["auto"] = kd.history["weight"]
 
 torch.manual_seed(rank)  # also a student that differs between the ranks is followed as all have it
 student, kd = Net(4), KnowledgeDistillationCallback(EMATeacher(0.5), SoftTarget)
@@ -98,6 +105,8 @@ def launch(tmp_path, processes):
 def test_two_processes_train_the_student_that_one_trains(tmp_path):
     ((one, _),) = launch(tmp_path, 1)
     del one["cached"]
+    weights = one.pop("auto")
+    assert len(set(weights)) > 1
     (first, printed), (second, nothing) = launch(tmp_path, 2)
     for loss, (params, values) in one.items():
         for p, a, b in zip(params, first[loss][0], second[loss][0], strict=True):
@@ -107,9 +116,10 @@ def test_two_processes_train_the_student_that_one_trains(tmp_path):
     assert printed.count("valid_loss") == 6
     assert "valid_loss" not in nothing  # only rank 0 prints
     for rank in (first, second):
+        assert rank["auto"] == pytest.approx(weights, rel=1e-4)  # of the gradient of all samples
         cold, warm = rank["cached"]
         assert 0 < cold[1] < 13  # batches that a teacher saw, with one as a check
-        assert (warm[1], warm[2]) == (0, 48 - 16)  # validation is on images that are trained on
+        assert (warm[1], warm[2]) == (1, 48 - 16)  # validation is on images that are trained on
         for params in (cold[0], warm[0]):
             assert all(torch.equal(a, b) for a, b in zip(params, rank["FitNet"][0], strict=True))
 

@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torchvision.models as tv
+from conftest import Net
 from fastai.torch_core import TensorImage
 from fastai.vision.learner import create_body, create_head
 from torch import nn
@@ -17,6 +19,7 @@ from fasterai_kd import (
     RKD,
     Attention,
     FitNet,
+    KnowledgeDistillationCallback,
     Similarity,
     get_model_layers,
     get_module_by_name,
@@ -31,7 +34,7 @@ layer1       <-> 0.4
 layer2       <-> 0.5
 layer3       <-> 0.6
 layer4       <-> 0"""
-UNEQUAL = "Attention, Similarity, RKD, PKT"
+UNEQUAL = "Attention, PKT, RKD, Similarity"
 STAGES = ["conv1", "layer1", "layer2", "layer3", "layer4"]
 PAIRS = {"student": STAGES, "teacher": ["0.0", "0.4", "0.5", "0.6", "0"]}
 
@@ -168,7 +171,7 @@ def test_pairs_across_architectures_are_the_stages_and_the_table_tells_the_truth
         assert size_s == size_t
         assert columns == [s, "<->", t, f"{size_s[0]}x{size_s[1]}", str(c_s), "<->", str(c_t)]
         assert fit == ("all" if c_s == c_t else UNEQUAL)
-        for loss in (Attention, Similarity, RKD, PKT):
+        for loss in (Attention, PKT, RKD, Similarity):
             assert loss({s: maps_s[s]}, {t: maps_t[t]}).isfinite()
         if fit == "all":
             assert FitNet({s: maps_s[s]}, {t: maps_t[t]}).isfinite()
@@ -395,9 +398,36 @@ def test_get_module_by_name_looks_into_anything_that_holds_a_model():
     assert get_module_by_name(SimpleNamespace(model=net), "model.1.0") is net[1][0]
 
 
-@pytest.mark.parametrize("name", ["2", "1.2", "0.weight", "0.in_channels", "empty", "forward", "1.0.x.y", "", "."])
-def test_get_module_by_name_gives_none_for_what_is_no_layer(name):
+@pytest.mark.parametrize("name", ["2", "1.2", "empty", "1.0.x.y", "", "."])
+def test_get_module_by_name_gives_none_where_nothing_is(name):
     assert get_module_by_name(nested(), name) is None
+
+
+def test_get_module_by_name_gives_what_is_there():
+    net = Net()
+    assert get_module_by_name(net, "layer1.0.weight") is net.layer1[0].weight
+    assert get_module_by_name(net, "conv1.in_channels") == 3
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_wrapped_models_have_pairs_that_the_callback_takes(make_learner, teacher, wrap):
+    student = Net()
+    x = torch.randn(1, 3, 16, 16)
+    pairs = match_feature_layers(wrap(student), wrap(teacher), x)
+    prefix = "module." if wrap is nn.DataParallel else "_orig_mod."
+    assert pairs["student"] == [f"{prefix}{name}" for name in match_feature_layers(student, teacher, x)["student"]]
+    for model in (student, wrap(student)):
+        kd = KnowledgeDistillationCallback(wrap(teacher), Attention, pairs["student"], pairs["teacher"])
+        learn = make_learner(model)
+        if not isinstance(model, nn.DataParallel) or len(model.device_ids) < 2:
+            learn.fit(1, 0.01, cbs=kd)
+            assert all(k > 0 for k in kd.history["kd_loss"])
+
+
+def test_representations_of_layers_come_in_an_ordered_dict():
+    layers = get_model_layers(nested(), get_layer_repr=True)
+    assert type(layers) is OrderedDict
+    assert list(layers) == get_model_layers(nested())
 
 
 def test_pairs_edited_on_one_side_still_show(pairs):

@@ -11,7 +11,7 @@ import torch
 from torchvision import models
 
 from fasterai_kd import match_feature_layers
-from fasterai_kd.capture import FeatureCapture
+from fasterai_kd.features.hooks import FeatureHooks
 
 TORCHVISION = [
     "resnet34", "resnet50", "resnext50_32x4d", "densenet121", "mobilenet_v2", "mobilenet_v3_small",
@@ -49,9 +49,10 @@ def lines(arch, size, result):
 
 def maps(model, names, size):
     "The shapes of what the layers give."
-    with FeatureCapture(names, "model").start(model.eval()) as capture, torch.no_grad():
+    hooks = FeatureHooks(names, "model")
+    with hooks.on(model.eval()), torch.no_grad():
         model(torch.randn(1, 3, *size))
-        return [fm.shape for fm in capture.take().values()]
+    return [fm.shape for fm in hooks.pop().values()]
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from fasterai_kd import KnowledgeDistillationCallback, SoftTarget
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
 SMALL = ["--epochs=1", "--seeds=1", "--draws=320"]
 PAIRS = """
-0            <-> 0                8x8          6 <-> 64     Attention, Similarity, RKD, PKT
-1            <-> 1                4x4          12 <-> 128   Attention, Similarity, RKD, PKT
-2            <-> 2                2x2          24 <-> 256   Attention, Similarity, RKD, PKT
+0            <-> 0                8x8          6 <-> 64     Attention, PKT, RKD, Similarity
+1            <-> 1                4x4          12 <-> 128   Attention, PKT, RKD, Similarity
+2            <-> 2                2x2          24 <-> 256   Attention, PKT, RKD, Similarity
 The other losses fit unequal layers with adapter='auto'.
 """
 

@@ -27,7 +27,6 @@ def history(**parts):
 
 
 FIT = history(task_loss=[3.0, 2.0, 1.0, 0.5], kd_loss=[0.4, NAN, NAN, 0.2], weight=[0.5, 0.0, 0.0, 0.25])
-RESULTS = {"alone": [90.0, 92.0], "SoftTarget": [95.0, 96.0, 97.0]}
 
 
 @pytest.fixture
@@ -41,13 +40,11 @@ def draw(student, teacher, pairs):
     return {
         "show_pairs": lambda **kw: show_pairs(pairs, **kw),
         "plot_losses": lambda **kw: plot_losses(FIT, **kw),
-        "plot_comparison": lambda **kw: plot_comparison(RESULTS, "alone", **kw),
         "plot_similarity": lambda **kw: plot_similarity(student, teacher, IMAGES, **kw),
-        "plot_temperature": lambda **kw: plot_temperature(torch.arange(4.0), **kw),
     }
 
 
-ONE = ["show_pairs", "plot_losses", "plot_comparison", "plot_similarity", "plot_temperature"]
+ONE = ["show_pairs", "plot_losses", "plot_similarity"]
 
 
 def texts(ax):
@@ -131,7 +128,7 @@ def test_each_pair_has_its_names_sizes_and_losses_in_one_row(pairs):
     rows = {}
     for t in ax.texts:
         rows.setdefault(round(t.get_position()[1]), []).append(t.get_text())
-    fit = "Attention, Similarity, RKD, PKT"
+    fit = "Attention, PKT, RKD, Similarity"
     assert rows == {
         -1: ["student", "teacher"],
         0: ["conv1", "conv1", "16×16, 4 ↔ 8 channels", fit],
@@ -308,39 +305,6 @@ def test_smoothing_is_a_share(smooth):
         plot_losses(FIT, smooth)
 
 
-# Comparison
-
-
-def test_a_point_for_each_seed_a_bar_at_the_mean_and_a_line_at_the_baseline():
-    ax = plot_comparison(RESULTS, "alone")
-    line, points0, mean0, points1, mean1 = ax.lines
-    assert list(line.get_xdata()) == [91, 91]
-    assert (list(points0.get_xdata()), list(points0.get_ydata())) == ([90, 92], [0, 0])
-    assert (list(points1.get_xdata()), list(points1.get_ydata())) == ([95, 96, 97], [1, 1, 1])
-    assert [(*m.get_xdata(), *m.get_ydata()) for m in (mean0, mean1)] == [(91, 0), (96, 1)]
-    assert ticks(ax.yaxis) == ["alone\n91.0 ± 1.4", "SoftTarget\n96.0 ± 1.0 (+5.0)"]
-    assert ax.get_ylim() == (1.5, -0.5)  # the first on top
-
-
-def test_accuracies_may_be_fractions_arrays_or_of_one_seed_and_the_baseline_a_number_or_none():
-    results = {"a": np.array([0.5]), "b": torch.tensor([0.25, 0.75])}
-    assert ticks(plot_comparison(results, 0.6).yaxis) == ["a\n0.500 (-0.100)", "b\n0.500 ± 0.354 (-0.100)"]
-    ax = plot_comparison(results)
-    assert ticks(ax.yaxis) == ["a\n0.500", "b\n0.500 ± 0.354"]
-    assert len(ax.lines) == 4
-
-
-@pytest.mark.parametrize("results", [{}, {"a": []}, {"a": 0.9}, {"a": [[1.0, 2.0]]}])
-def test_results_without_accuracies_are_refused(results):
-    with pytest.raises(ValueError, match=r"results must be name → accuracies over seeds, got \{"):
-        plot_comparison(results)
-
-
-def test_an_unknown_baseline_is_refused():
-    with pytest.raises(ValueError, match="baseline must be one of alone, SoftTarget, or a number, got 'student'"):
-        plot_comparison(RESULTS, "student")
-
-
 # Similarity
 
 
@@ -429,36 +393,3 @@ def test_models_with_several_inputs_take_a_tuple():
     net = Two()
     ax = plot_similarity(net, net, (IMAGES, torch.arange(24)))
     assert ax.images[0].get_array()[0, 0] == pytest.approx(1)
-
-
-# Temperature
-
-
-def test_each_temperature_has_a_bar_for_each_class():
-    logits, T = torch.tensor([2.0, 0.0, -1.0], requires_grad=True), (1, 10)
-    ax = plot_temperature(logits, T, ["cat", "dog", "ox"])
-    for bars, t in zip(ax.containers, T, strict=True):
-        np.testing.assert_allclose([b.get_height() for b in bars], (logits.detach() / t).softmax(0), rtol=1e-5)
-    assert ticks(ax.xaxis) == ["cat", "dog", "ox"]
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["T = 1", "T = 10"]
-
-
-def test_of_many_classes_the_most_probable_are_shown_in_their_order():
-    logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
-    ax = plot_temperature(logits, [1], n=2)
-    assert ticks(ax.xaxis) == ["1", "3"]
-    np.testing.assert_allclose([b.get_height() for b in ax.containers[0]], logits.softmax(0)[[1, 3]], rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("args", "match"),
-    [
-        ((torch.ones(2, 3),), r"the logits \(C,\) of one sample, got \(2, 3\)"),
-        ((torch.ones(3), [1], ["a"]), r"got \(3,\) and 1 classes"),
-        ((torch.ones(3), [0, 1]), r"temperatures must be above 0, got \[0, 1\]"),
-        ((torch.ones(3), []), r"temperatures must be above 0, got \[\]"),
-    ],
-)
-def test_what_has_no_softened_probabilities_is_refused(args, match):
-    with pytest.raises(ValueError, match=match):
-        plot_temperature(*args)

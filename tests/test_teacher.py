@@ -1,11 +1,12 @@
 "The teacher answers in evaluation mode, without a graph, and is left as it was."
 
+import copy
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Net, image, same, state
+from conftest import Net, hooks, image, same, state
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import Categorize, Normalize
 from fastai.learner import Learner
@@ -13,13 +14,14 @@ from fastai.vision.core import TensorImage, cifar_stats, imagenet_stats
 from fastcore.foundation import L
 from torch import nn
 
-from fasterai_kd import Attention, KnowledgeDistillationCallback, SoftTarget, renormalize
-from fasterai_kd.teacher import Ensemble, Teacher, as_teacher, logits
+from fasterai_kd import *
+from fasterai_kd._tensors import predictions
+from fasterai_kd.teacher.teacher import as_teacher
 
 
 def test_the_teacher_answers_in_evaluation_mode_without_a_graph():
     model, x = Net().train(), torch.randn(4, 3, 16, 16)
-    out = Teacher(model)([x])
+    out = Teacher(model).forward([x]).output
     assert not out.requires_grad
     assert torch.equal(out, model.eval()(x))
 
@@ -30,23 +32,23 @@ def test_train_flags_weights_statistics_and_requires_grad_are_as_before_also_aft
     model.conv1.requires_grad_(False)
     flags = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
     before = state(model)
-    Teacher(model)([torch.randn(4, 3, 16, 16)])
+    Teacher(model).forward([torch.randn(4, 3, 16, 16)])
     with pytest.raises(RuntimeError):
-        Teacher(model)([torch.randn(4, 1, 16, 16)])
+        Teacher(model).forward([torch.randn(4, 1, 16, 16)])
     assert flags == ([m.training for m in model.modules()], [p.requires_grad for p in model.parameters()])
     assert same(before, state(model))
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_what_the_teacher_gives_may_be_saved_for_backward():
-    out = Teacher(nn.Linear(2, 2))([torch.randn(3, 2)])
+    out = Teacher(nn.Linear(2, 2)).forward([torch.randn(3, 2)]).output
     (nn.Parameter(torch.randn(3, 2)) * out).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_a_teacher_in_another_precision_gets_inputs_in_it(dtype):
     model = nn.Linear(3, 2).to(dtype)
-    assert Teacher(model)([torch.randn(4, 3)]).dtype == dtype
+    assert Teacher(model).forward([torch.randn(4, 3)]).output.dtype == dtype
 
 
 def test_integer_inputs_and_other_arguments_pass_as_they_are():
@@ -59,23 +61,23 @@ def test_integer_inputs_and_other_arguments_pass_as_they_are():
             assert name == "x"
             return self.emb(cats) + conts
 
-    assert Teacher(Tabular())([torch.tensor([1, 2]), torch.randn(2, 2), "x"]).shape == (2, 2)
+    assert Teacher(Tabular()).forward([torch.tensor([1, 2]), torch.randn(2, 2), "x"]).output.shape == (2, 2)
 
 
 def test_the_teacher_sees_plain_tensors():
     model = nn.Identity()
-    assert type(Teacher(model)([TensorImage(torch.zeros(1, 2))])) is torch.Tensor
+    assert type(Teacher(model).forward([TensorImage(torch.zeros(1, 2))]).output) is torch.Tensor
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_teacher_moves_to_the_device_of_the_batch():
-    assert Teacher(nn.Linear(3, 2))([torch.randn(4, 3, device="cuda")]).is_cuda
+    assert Teacher(nn.Linear(3, 2)).forward([torch.randn(4, 3, device="cuda")]).output.is_cuda
 
 
 def test_an_ensemble_gives_the_log_of_the_mean_probability():
     models, x = [Net().eval(), Net().eval(), Net().eval()], torch.randn(4, 3, 16, 16)
     mean = torch.stack([m(x).softmax(1) for m in models]).mean(0)
-    out = Ensemble([Teacher(m) for m in models])([x])
+    out = Ensemble(models).forward([x]).pred
     torch.testing.assert_close(out.softmax(1), mean)
     torch.testing.assert_close(out, mean.log())
 
@@ -92,20 +94,20 @@ def test_a_teacher_may_be_a_model_a_learner_an_exported_learner_or_a_list(make_l
 
 def test_saved_weights_are_no_teacher(make_learner, teacher):
     path = make_learner(teacher).save("weights")
-    with pytest.raises(TypeError, match=r"no exported Learner .* write it with learn.export\(\), not learn.save\(\)"):
+    with pytest.raises(TypeError, match=r"not an exported Learner .* create it with learn.export\(\), not"):
         as_teacher(path)
 
 
 def test_members_of_an_ensemble_may_differ_in_precision():
     models, x = [Net().eval(), Net().eval().double()], torch.randn(4, 3, 16, 16)
-    out = Ensemble([Teacher(m) for m in models])([x])
+    out = Ensemble(models).forward([x]).pred
     mean = (models[0](x).softmax(1) + models[1](x.double()).softmax(1)) / 2
     torch.testing.assert_close(out.exp().double(), mean, rtol=1e-5, atol=1e-6)
 
 
 def test_an_ensemble_of_regressors_is_refused():
     with pytest.raises(ValueError, match=r"an ensemble is of classifiers \(B, C\), got \(4, 1\)"):
-        Ensemble([Teacher(Net(classes=1)), Teacher(Net(classes=1))])([torch.randn(4, 3, 16, 16)])
+        Ensemble([Net(classes=1), Net(classes=1)]).forward([torch.randn(4, 3, 16, 16)])
 
 
 @pytest.mark.parametrize("bad", [None, Net, [], 3, {"a": 1}], ids=repr)
@@ -116,13 +118,13 @@ def test_anything_else_is_refused(bad):
 
 def test_predictions_are_found_among_several_outputs():
     t, u = torch.zeros(1), torch.ones(1)
-    assert logits(t) is t
-    assert logits((t, u)) is t
-    assert logits({"out": t, "aux": u}) is t
-    assert logits({"logits": t, "hidden": u}) is t
-    assert logits({"anything": t}) is t
+    assert predictions(t) is t
+    assert predictions((t, u)) is t
+    assert predictions({"out": t, "aux": u}) is t
+    assert predictions({"logits": t, "hidden": u}) is t
+    assert predictions({"anything": t}) is t
     with pytest.raises(TypeError, match="the teacher returns a dict with 2 tensors"):
-        logits({"a": t, "b": u})
+        predictions({"a": t, "b": u})
 
 
 # --- other inputs than the student's ---
@@ -239,12 +241,162 @@ class OfDict(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_inputs_in_dicts_and_lists_get_the_teachers_precision_too(dtype):
     x = TensorImage(torch.randn(4, 3, 16, 16))
-    out = Teacher(OfDict().to(dtype))([{"images": [x], "name": "a"}])
+    out = Teacher(OfDict().to(dtype)).forward([{"images": [x], "name": "a"}]).output
     assert out.dtype == dtype
     assert type(out) is torch.Tensor
 
 
-def test_a_teacher_tfm_may_return_a_dict(make_learner):
-    kd = KnowledgeDistillationCallback(OfDict(), SoftTarget, teacher_tfm=lambda x: {"images": (x,)})
+def test_a_tfm_may_return_a_dict(make_learner):
+    kd = KnowledgeDistillationCallback(Teacher(OfDict(), tfm=lambda x: {"images": (x,)}), SoftTarget)
     make_learner().fit(1, cbs=kd)
     assert torch.tensor(kd.history["kd_loss"]).isfinite().all()
+
+
+# --- features ---
+
+
+def test_the_features_of_a_batch_are_those_that_the_layers_return():
+    model, x = Net().eval(), torch.randn(2, 3, 16, 16)
+    out = Teacher(model).forward([x], ["layer1", "conv1"])
+    assert torch.equal(out.features["conv1"], model.conv1(x))
+    assert torch.equal(out.pred, model(x))
+    assert not out.features["layer1"].requires_grad
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("end", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: torch.compile(m, backend="eager")], ids=["plain", "compiled"])
+def test_an_exception_in_the_teacher_leaves_no_hook_no_mode_and_no_stance(end, wrap):
+    model = Net().train()
+
+    def fail(*args):
+        raise end
+
+    model.head.register_forward_hook(fail)
+    with pytest.raises(end):
+        Teacher(wrap(model)).forward([torch.randn(2, 3, 16, 16)], ["conv1"])
+    assert hooks(model) == 1
+    assert all(m.training for m in model.modules())
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_another_kind_of_teacher_overrides_one_method(make_learner, teacher):
+    class Flipped(Teacher):
+        def predict(self, x):
+            return (self.model(x) + self.model(x.flip(-1))) / 2
+
+    x = torch.randn(2, 3, 16, 16)
+    expected = (teacher(x) + teacher(x.flip(-1))) / 2
+    torch.testing.assert_close(Flipped(teacher).forward([x]).pred, expected)
+    kd = KnowledgeDistillationCallback(Flipped(teacher), SoftTarget)
+    make_learner().fit(1, cbs=kd)
+    assert all(x > 0 for x in kd.history["kd_loss"])
+
+
+# --- options ---
+
+
+def test_a_list_with_options_is_an_ensemble_of_which_each_member_may_have_its_own(teacher):
+    x, other = torch.randn(2, 3, 16, 16), Net().eval()
+    ensemble = Teacher([Teacher(teacher, tfm=lambda x: x * 2), other], dtype=torch.float32)
+    assert type(ensemble) is Ensemble
+    expected = (teacher(x * 2).softmax(1) + other(x).softmax(1)) / 2
+    torch.testing.assert_close(ensemble.forward([x]).pred.exp(), expected)
+
+
+@pytest.mark.parametrize("kind", ["teacher", "callback", "ensemble"])
+def test_a_copy_has_options_of_its_own_and_shares_model_and_cache(teacher, kind):
+    made = Teacher([teacher, Net()] if kind == "ensemble" else teacher, cache=True)
+    copied = copy.deepcopy(made)
+    if kind == "callback":
+        copied = copy.deepcopy(KnowledgeDistillationCallback(made, SoftTarget))._teacher
+    assert copied is not made
+    assert copied.members[0].model is teacher
+    assert copied.cache is made.cache
+    copied.dtype, copied.members[0].tfm = torch.bfloat16, abs
+    assert (made.dtype, made.members[0].tfm) == (None, None)
+
+
+def dtypes_of(model):
+    "Fills up with the dtypes of what the module gives."
+    dtypes = set()
+    model.register_forward_hook(lambda m, i, o: dtypes.add(o.dtype))
+    return dtypes
+
+
+@pytest.mark.parametrize("ensemble", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_is_the_teachers_alone(make_learner, teacher, dtype, ensemble):
+    student, seen = Net(), []
+
+    def loss(pred, teacher_pred, **kwargs):
+        seen.append(teacher_pred.dtype)
+        return SoftTarget(pred, teacher_pred)
+
+    of_teacher, of_student = dtypes_of(teacher.head), dtypes_of(student.head)
+    source = Teacher([teacher, Net()] if ensemble else teacher, dtype=dtype)
+    make_learner(student).fit(1, 0.01, cbs=KnowledgeDistillationCallback(source, loss))
+    assert (of_teacher, of_student, set(seen)) == ({dtype}, {torch.float32}, {torch.float32})
+    assert all(p.dtype == torch.float32 for p in teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(None, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float16)]
+)
+def test_beside_a_student_in_autocast_the_teacher_has_its_own_dtype_or_the_students(teacher, dtype, expected):
+    seen, x = dtypes_of(teacher.head), torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = Teacher(teacher, dtype=dtype).forward([x], ["conv1"])
+    assert seen == {expected}
+    assert out.features["conv1"].dtype == out.pred.dtype == torch.float32
+    if dtype is torch.float32:
+        assert torch.equal(out.pred, teacher(x))
+
+
+@pytest.mark.parametrize("bad", [torch.float64, torch.int8, "bfloat16"])
+def test_other_dtypes_are_refused(teacher, bad):
+    with pytest.raises(ValueError, match=r"dtype must be torch\.float32, .* got "):
+        Teacher(teacher, dtype=bad)
+
+
+# --- several outputs ---
+
+
+class Tuple(Net):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, {"half": y / 2}
+
+
+@pytest.mark.parametrize("layers", [[], ["conv1", "layer1"]], ids=str)
+def test_a_student_with_several_outputs_gets_the_teachers_as_they_are(make_learner, layers):
+    seen = []
+
+    def loss(pred, teacher_pred, **kwargs):
+        seen.append(teacher_pred)
+        return pred[0].square().mean()
+
+    kd = KnowledgeDistillationCallback(Tuple(), loss, layers, layers)
+    make_learner(Tuple(), loss_func=lambda pred, y: F.cross_entropy(pred[0], y), metrics=[]).fit(1, 0.01, cbs=kd)
+    assert len(seen) == 6
+    for output in seen:
+        assert isinstance(output, tuple)
+        torch.testing.assert_close(output[0] / 2, output[1]["half"])
+
+
+def test_a_student_with_one_output_gets_the_predictions_among_the_teachers():
+    assert Teacher(Tuple()).forward([torch.randn(2, 3, 16, 16)]).pred.shape == (2, 4)
+
+
+# --- who is who ---
+
+
+def test_a_student_that_would_train_the_teachers_parameters_is_refused(make_learner, teacher):
+    student = Net()
+    student.layer1 = teacher.layer1
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    with pytest.raises(ValueError, match=r"share the trainable parameter 'layer1\.0\.weight': give the student a copy"):
+        make_learner(student).fit(1, cbs=kd)
+    teacher.layer1.requires_grad_(False)
+    make_learner(student).fit(1, cbs=kd)
+    assert len(kd.history["kd_loss"]) == 4

@@ -5,9 +5,8 @@ from math import sqrt
 import numpy as np
 from benchmarks.variants import get_variants
 from matplotlib.figure import Figure
+from pictures import plot_comparison
 from scipy.stats import t as student_t
-
-from fasterai_kd.show import plot_comparison
 
 FASHION = (
     "Fashion-MNIST, 28x28, 10 classes: 55,000 of its training images to train, 5,000 to tune, its own 10,000 to test"

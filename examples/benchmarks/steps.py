@@ -1,6 +1,5 @@
 "What a step of each variant costs: time, memory saved for backward, gradients left on the teacher."
 
-import inspect
 from copy import deepcopy
 
 import torchvision.models
@@ -12,7 +11,7 @@ from .callbacks import ByHand, Clock, Saved, WithTorchdistill
 from .common import LAYERS, LOSSES, MISSING, get_peer, in_rounds, installed, mb, ms, ratio
 
 CLASSES = 10
-OURS = {"ours": {}, "ours, fast_teacher": {"fast_teacher": True}, "ours, cache": {"cache": True}}
+OURS = {"ours": {}, "ours, cache": {"cache": True}}  # options of the teacher
 
 
 def steps(args):
@@ -92,11 +91,8 @@ def get_callbacks(name, layers):
     loss, layers = LOSSES[name], layers if name in LAYERS else [None, None]
     by_hand = [layer or [] for layer in layers]
     callbacks = {"student alone": lambda t: None, "limit": lambda t: ByHand(t, loss, *by_hand)}
-    known = inspect.signature(KnowledgeDistillationCallback).parameters
-    for title, kwargs in OURS.items():
-        ours = partial(KnowledgeDistillationCallback, **kwargs)
-        missing = [key for key in kwargs if key not in known]
-        callbacks[title] = f"no `{missing[0]}` here" if missing else lambda t, ours=ours: ours(t, loss, *layers)
+    for title, options in OURS.items():
+        callbacks[title] = lambda t, o=options: KnowledgeDistillationCallback(Teacher(t, **o), loss, *layers)
     peer, found = get_peer(), installed("torchdistill")
     callbacks["fasterai"] = (lambda t: peer[0](t, getattr(peer[1], name), *layers)) if peer else MISSING
     callbacks["torchdistill"] = (lambda t: WithTorchdistill(t, loss, *by_hand)) if found else MISSING

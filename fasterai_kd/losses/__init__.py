@@ -1,26 +1,13 @@
 "The distillation losses and `match_feature_layers`, which pairs the layers that some of them compare."
 
+from . import intermediate, output, relations
 from .combine import combine
-from .intermediate import CWD, ActivationBoundaries, Attention, FitNet
+from .intermediate import *
 from .matching import get_model_layers, get_module_by_name, match_feature_layers
-from .output import DIST, DecoupledKD, Logits, Mutual, SoftTarget
-from .relations import PKT, RKD, Similarity
+from .output import *
+from .relations import *
 
-__all__ = [
-    "CWD",
-    "DIST",
-    "PKT",
-    "RKD",
-    "ActivationBoundaries",
-    "Attention",
-    "DecoupledKD",
-    "FitNet",
-    "Logits",
-    "Mutual",
-    "Similarity",
-    "SoftTarget",
-    "combine",
-    "get_model_layers",
-    "get_module_by_name",
-    "match_feature_layers",
-]
+__all__ = ["combine", "get_model_layers", "get_module_by_name", "match_feature_layers"]
+__all__ += output.__all__
+__all__ += intermediate.__all__
+__all__ += relations.__all__

@@ -10,9 +10,11 @@ from fastcore.basics import listify
 from torch import Tensor
 
 from .._tensors import by_position
-from ._pairs import total
+from ..schedule import factor_at
+from ._checks import total
+from ._traits import name_of
 
-__all__ = ["CombinedLoss", "Part", "combine", "factor_at", "function_of", "name_of", "parts_of"]
+__all__ = ["CombinedLoss", "Part", "combine", "parts_of"]
 
 _RESERVED = ("task_loss", "kd_loss", "weight")
 Pairs = Mapping[str, Sequence[str]]
@@ -100,22 +102,6 @@ def combine(
 def parts_of(loss: Callable[..., Tensor]) -> list[Part]:
     "Of a combined loss; any other is its own only part."
     return loss.parts if isinstance(loss, CombinedLoss) else [Part(name_of(loss), loss)]
-
-
-def factor_at(schedule: Any, pct: float) -> float:
-    "Of a `Schedule` or a function: share of the training done → factor."
-    return float(getattr(schedule, "progress", schedule)(pct))
-
-
-def function_of(loss: Callable[..., Any]) -> Any:
-    "Without the arguments that a `partial` sets."
-    return getattr(loss, "func", loss)
-
-
-def name_of(loss: Callable[..., Any]) -> str:
-    "As the user knows it."
-    loss = function_of(loss)
-    return getattr(loss, "__name__", type(loss).__name__)
 
 
 def _as_part(name: str | None, item: Any) -> Part:

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._tensors import shape_of
-from ._logits import check_temperature, kl
-from ._pairs import Features, equal_pairs, equal_shapes, features_only, pairs, total
+from ._checks import Features, check_temperature, equal_pairs, kl, pairs, total
+from ._traits import feature_loss
 from .relations import Similarity
 
 __all__ = ["CWD", "ActivationBoundaries", "Attention", "FitNet", "Similarity"]
 
 
-@features_only
+@feature_loss()
 def Attention(
     fm_s: Features,  # student feature maps (B, C, H, W) by layer
     fm_t: Features,  # teacher feature maps (B, C', H', W') by layer
@@ -35,7 +35,7 @@ def Attention(
     return total(_attention(p, *pair) for pair in pairs("Attention", fm_s, fm_t))
 
 
-@equal_shapes
+@feature_loss(same_shape=True)
 def FitNet(
     fm_s: Features,  # student features by layer
     fm_t: Features,  # teacher features by layer, of the same shapes
@@ -49,7 +49,7 @@ def FitNet(
     return total(F.mse_loss(s, t) for _, s, t in equal_pairs("FitNet", fm_s, fm_t))
 
 
-@equal_shapes
+@feature_loss(same_shape=True)
 def ActivationBoundaries(
     fm_s: Features,  # student features by layer, best before the activation function
     fm_t: Features,  # teacher features by layer, of the same shapes
@@ -64,7 +64,7 @@ def ActivationBoundaries(
     return total(_boundaries(s, t, m) for _, s, t in equal_pairs("ActivationBoundaries", fm_s, fm_t))
 
 
-@equal_shapes
+@feature_loss(same_shape=True)
 def CWD(
     fm_s: Features,  # student feature maps (B, C, H, W) by layer; any number of dimensions after the channels
     fm_t: Features,  # teacher feature maps by layer, of the same shapes

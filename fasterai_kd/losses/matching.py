@@ -1,5 +1,6 @@
 "Which layer of the student goes with which layer of the teacher."
 
+from collections import OrderedDict
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -9,35 +10,34 @@ from fastai.learner import Learner
 from fastcore.basics import tuplify
 from torch import Tensor, nn
 
-from .._modes import evaluating
+from .._modules import evaluating
 from .._tensors import map_tensors
+from ._traits import unequal_losses
 
 __all__ = ["LayerPair", "LayerPairs", "get_model_layers", "get_module_by_name", "match_feature_layers"]
 
 _SKIPPED = (nn.ReLU, nn.ReLU6, nn.BatchNorm2d, nn.Dropout, nn.Identity)
-_UNEQUAL = "Attention, Similarity, RKD, PKT"  # the losses that compare features of unequal shapes
 _Shapes = dict[str, tuple[int, ...]]
 
 
 def get_model_layers(
     model: nn.Module,
-    get_layer_repr: bool = False,  # a dict of name → representation instead of a list of names
+    get_layer_repr: bool = False,  # an OrderedDict of name → representation instead of a list of names
 ) -> list[str] | dict[str, str]:
     "The names of all layers of `model`, parents before children."
-    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
-    return {name: repr(m) for name, m in layers.items()} if get_layer_repr else list(layers)
+    layers = OrderedDict((name, m) for name, m in model.named_modules(remove_duplicate=False) if name)
+    return OrderedDict((name, repr(m)) for name, m in layers.items()) if get_layer_repr else list(layers)
 
 
 def get_module_by_name(
     module: Any,  # a model, or anything that holds one (a Learner)
     access_string: str,  # dotted path: "layer1.0.conv1"
-) -> nn.Module | None:
-    "The layer at that path, or None."
+) -> Any:
+    "What is at that path, a layer or a parameter; None where nothing is."
     try:
-        found = attrgetter(access_string)(module)
+        return attrgetter(access_string)(module)
     except AttributeError:
         return None
-    return found if isinstance(found, nn.Module) else None
 
 
 def match_feature_layers(
@@ -99,7 +99,7 @@ class LayerPairs(dict[str, list[str]]):
         lines = [f"{'Student':<{w_s + 4}} {'Teacher':<{w_t}} {'resolution':<12} {'channels':<12} losses that fit"]
         for s, t, resolution, channels, fit in self.rows:
             lines += [f"{s:<{w_s}} <-> {t:<{w_t}} {resolution:<12} {channels:<12} {fit}".rstrip()]
-        if any(row.fit == _UNEQUAL for row in self.rows):
+        if any(row.fit not in ("", "all") for row in self.rows):
             lines += ["The other losses fit unequal layers with adapter='auto'."]
         return "\n".join(lines)
 
@@ -108,7 +108,7 @@ class LayerPairs(dict[str, list[str]]):
             return LayerPair(s, t)
         (c_s, *res_s), (c_t, *res_t) = self._shapes_s[s], self._shapes_t[t]
         sizes = ["x".join(map(str, res)) for res in ((res_s,) if res_s == res_t else (res_s, res_t))]
-        fit = "all" if self._shapes_s[s] == self._shapes_t[t] else _UNEQUAL
+        fit = "all" if self._shapes_s[s] == self._shapes_t[t] else ", ".join(unequal_losses())
         return LayerPair(s, t, " <-> ".join(sizes), f"{c_s} <-> {c_t}", fit)
 
 

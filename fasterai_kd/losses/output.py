@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._logits import class_indices, finite, kl, logits, same_shape
+from ._checks import class_indices, finite, kl, logits, same_shape
+from ._traits import logit_loss
 
 __all__ = ["DIST", "DecoupledKD", "Logits", "Mutual", "SoftTarget"]
 
 
+@logit_loss(over_classes=True)
 def SoftTarget(
     pred: Tensor,  # student logits (B, C) or (B, C, ...)
     teacher_pred: Tensor,  # teacher logits, same shape
@@ -33,6 +35,7 @@ def SoftTarget(
     return kl(s, t, T).mean() * T**2
 
 
+@logit_loss(over_classes=True)
 def Mutual(
     pred: Tensor,  # student logits (B, C) or (B, C, ...)
     teacher_pred: Tensor,  # teacher logits, same shape
@@ -46,6 +49,7 @@ def Mutual(
     return kl(*logits("Mutual", pred, teacher_pred)).mean()
 
 
+@logit_loss(raw_outputs=True)
 def Logits(
     pred: Tensor,  # student outputs, any shape
     teacher_pred: Tensor,  # teacher outputs, same shape
@@ -59,6 +63,7 @@ def Logits(
     return F.mse_loss(*same_shape("Logits", pred, teacher_pred))
 
 
+@logit_loss(over_classes=True, reduction=True)
 def DecoupledKD(
     pred: Tensor,  # student logits (B, C) or (B, C, ...)
     teacher_pred: Tensor,  # teacher logits, same shape
@@ -87,7 +92,7 @@ def DecoupledKD(
     if target is None:
         raise ValueError("DecoupledKD needs `target`, the labels; without labels use SoftTarget")
     s, t = logits("DecoupledKD", pred, teacher_pred, T, standardize)
-    y = class_indices(target, s)
+    y = class_indices("DecoupledKD", target, s)
     ignored = None if ignore_index is None else y == ignore_index
     if ignored is not None:
         y = y.masked_fill(ignored, 0)
@@ -110,6 +115,7 @@ def DecoupledKD(
     return loss.masked_fill(ignored, 0).sum(-1) / (~ignored).sum(-1).clamp(min=1)
 
 
+@logit_loss(over_classes=True)
 def DIST(
     pred: Tensor,  # student logits (B, C) or (B, C, ...)
     teacher_pred: Tensor,  # teacher logits, same shape

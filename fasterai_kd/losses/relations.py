@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._pairs import Features, features_only, pairs, total
+from ._checks import Features, pairs, total
+from ._traits import feature_loss
 
 __all__ = ["PKT", "RKD", "Similarity"]
 
 
-@features_only
+@feature_loss()
 def Similarity(
     fm_s: Features,  # student features (B, ...) by layer
     fm_t: Features,  # teacher features (B, ...) by layer
@@ -34,7 +35,7 @@ def Similarity(
     return total(F.mse_loss(_similarity(s, p), _similarity(t, p)) for _, s, t in pairs("Similarity", fm_s, fm_t))
 
 
-@features_only
+@feature_loss()
 def RKD(
     fm_s: Features,  # student features (B, ...) by layer
     fm_t: Features,  # teacher features (B, ...) by layer
@@ -54,7 +55,7 @@ def RKD(
     return total(_rkd(s, t, w_d, w_a) for _, s, t in pairs("RKD", fm_s, fm_t))
 
 
-@features_only
+@feature_loss()
 def PKT(
     fm_s: Features,  # student features (B, ...) by layer
     fm_t: Features,  # teacher features (B, ...) by layer

@@ -1,0 +1,1 @@
+"Features of named layers, and modules that bring them to one shape."

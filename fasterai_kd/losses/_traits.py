@@ -1,0 +1,116 @@
+"What the library knows of a loss beyond its signature, and the registry of its own losses."
+
+import inspect
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, TypeVar
+
+from torch import nn
+
+__all__ = [
+    "REGISTRY",
+    "feature_loss",
+    "function_of",
+    "logit_loss",
+    "name_of",
+    "parameters_of",
+    "trait",
+    "unequal_losses",
+]
+
+REGISTRY: dict[str, Callable[..., Any]] = {}  # this library's losses by name
+OUTPUTS = ("pred", "teacher_pred", "fm_s", "fm_t", "target")
+DEFAULTS = {
+    "over_classes": False,  # compares distributions over the classes in dim 1
+    "raw_outputs": False,  # compares outputs as they are: log-probabilities in their place are something else
+    "reads_predictions": True,  # of the teacher
+    "same_shape": None,  # needs features of equal shapes, so that an adapter is for it; None: if it names features
+    "reduction": False,  # takes reduction="none", which gives one value a sample
+}
+Loss = TypeVar("Loss", bound=Callable[..., Any])
+
+
+def logit_loss(
+    *,
+    over_classes: bool = False,
+    raw_outputs: bool = False,
+    reduction: bool = False,
+) -> Callable[[Loss], Loss]:
+    "Registers a loss on predictions, with its traits."
+    return partial(_register, over_classes=over_classes, raw_outputs=raw_outputs, reduction=reduction, same_shape=False)
+
+
+def feature_loss(
+    *,
+    same_shape: bool = False,
+) -> Callable[[Loss], Loss]:
+    "Registers a loss on features alone, with its traits."
+    return partial(_register, reads_predictions=False, same_shape=same_shape)
+
+
+def _register(loss: Loss, **traits: Any) -> Loss:
+    REGISTRY[name_of(loss)] = loss
+    for name, value in traits.items():
+        setattr(loss, name, value)
+    return loss
+
+
+def trait(
+    loss: Callable[..., Any],  # of the library or the user's own, which may have an attribute of this name
+    name: str,  # one of `DEFAULTS`
+) -> Any:
+    "A trait of `loss`; one that functools.wraps copied from another function does not count."
+    own, default = function_of(loss), DEFAULTS[name]
+    value = getattr(own, name, default)
+    if hasattr(own, "__wrapped__") and value == getattr(own.__wrapped__, name, default):
+        value = default
+    return "fm_s" in parameters_of(loss) if name == "same_shape" and value is None else value
+
+
+def unequal_losses() -> list[str]:
+    "Names of the losses that compare features of unequal shapes."
+    return sorted(n for n, loss in REGISTRY.items() if not trait(loss, "reads_predictions") | trait(loss, "same_shape"))
+
+
+def function_of(loss: Callable[..., Any]) -> Any:
+    "Without the arguments that a `partial` sets."
+    return getattr(loss, "func", loss)
+
+
+def name_of(loss: Callable[..., Any]) -> str:
+    "As the user knows it."
+    loss = function_of(loss)
+    return getattr(loss, "__name__", type(loss).__name__)
+
+
+def parameters_of(loss: Callable[..., Any]) -> dict[str, bool]:
+    "The named parameters of `loss` → are they required? TypeError if the callback could not call it."
+    if not callable(loss):
+        raise TypeError(f"loss must be a function such as SoftTarget, got {loss!r}")
+    signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)
+    try:
+        signature.bind(**dict.fromkeys(OUTPUTS))
+    except TypeError as e:
+        raise TypeError(
+            f"{name_of(loss)}{signature} cannot be called as loss(pred=, teacher_pred=, fm_s=, fm_t=, target=): {e}. "
+            "Name the arguments it uses so, and add **kwargs for the others"
+        ) from None
+    if isinstance(loss, partial) and loss.func in REGISTRY.values():
+        _check_options(loss)
+    return {name: p.default is p.empty for name, p in signature.parameters.items()}
+
+
+def _check_options(loss: partial[Any]) -> None:
+    "Of a loss of this library, whose **kwargs would take a misspelt one without a word."
+    known = list(_named(loss.func))
+    for name in loss.keywords:
+        if name not in (*known, *OUTPUTS):
+            options = [name for name in known if name not in OUTPUTS]
+            near = get_close_matches(name, options, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise TypeError(f"{name_of(loss)} has no argument {name!r}: {hint}It has {', '.join(options) or 'none'}")
+
+
+def _named(function: Callable[..., Any]) -> Iterator[str]:
+    return (name for name, p in inspect.signature(function).parameters.items() if p.kind != p.VAR_KEYWORD)

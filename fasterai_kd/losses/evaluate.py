@@ -1,0 +1,167 @@
+"How the callback calls the distillation loss, whole or in parts."
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from fastai.callback.mixup import MixHandler
+from fastai.learner import Learner
+from fastcore.basics import detuplify
+from torch import Tensor, nn
+
+from .._class_axis import as_rows, classes_first
+from .._tensors import plain, shape_of
+from ..schedule import Schedule, check_schedule
+from ._traits import parameters_of, trait
+from .combine import CombinedLoss, Part, parts_of
+
+__all__ = ["LossEvaluator", "mix_of"]
+
+Adapt = Callable[[Any, Any], dict[str, Any]]  # features of student and teacher → of equal shapes
+
+
+class LossEvaluator:
+    """`evaluate` gives the values of the parts of a loss by name, weighted, in float32 and outside autocast.
+
+    A loss that is not combined is its own only part. `student` and `teacher` are all layers that the parts compare, in
+    pairs.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        student: Sequence[str],  # layers for parts that name none
+        teacher: Sequence[str],
+    ):
+        own = {"student": list(student), "teacher": list(teacher)}
+        self.parts = [replace(p, pairs=own if p.pairs is None else p.pairs) for p in parts_of(loss)]
+        self._is_combined = isinstance(loss, CombinedLoss)
+        self._params = {p.name: parameters_of(p.loss) for p in self.parts}
+        self._adapts = {p.name for p in self.parts if trait(p.loss, "same_shape")}
+        self._checked = False
+        together: dict[tuple[str, str], None] = {}
+        for p in self.parts:
+            pairs = p.pairs or own
+            check_schedule(p.schedule)
+            if isinstance(p.schedule, Schedule):  # functions of one's own may count how often they are called
+                for percent in range(101):
+                    p.weight_at(percent / 100)
+            _check_layers(pairs["student"], pairs["teacher"], self._params[p.name])
+            together |= dict.fromkeys(zip(pairs["student"], pairs["teacher"], strict=True))
+        self.student, self.teacher = ([pair[side] for pair in together] for side in (0, 1))
+
+    @property
+    def part_names(self) -> list[str]:
+        "Of a combined loss."
+        return [p.name for p in self.parts] if self._is_combined else []
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        "Losses that are modules."
+        return [p.loss for p in self.parts if isinstance(p.loss, nn.Module)]
+
+    def to_device_of(self, student: nn.Module) -> None:
+        "Losses that are modules; the learner has moved the student to its device."
+        param = next(student.parameters(), None)
+        for module in self.modules:
+            if param is not None:
+                module.to(param.device)
+
+    def any(self, name: str) -> bool:
+        "Has a part this trait?"
+        return any(trait(p.loss, name) for p in self.parts)
+
+    def names(self, output: str) -> bool:
+        "Has a part this output in its signature?"
+        return any(output in params for params in self._params.values())
+
+    def evaluate(
+        self,
+        outputs: dict[str, Any],  # pred, teacher_pred, fm_s and fm_t
+        y: Any,  # the target
+        mix: MixHandler | None,  # MixUp or CutMix, if it mixes the task loss of this batch
+        pct: float,  # share of the training done
+        adapt: Adapt | None = None,
+        class_dim: int = 1,  # where the predictions have their classes
+    ) -> dict[str, Tensor]:
+        """The values by name. A part whose weight is 0 by now has none.
+
+        The first batch computes all parts nevertheless, so that mistakes show.
+        """
+        outputs = {name: x if isinstance(x, dict) else plain(x) for name, x in outputs.items()}
+        y, over_classes, labels = plain(y), outputs, plain(y)
+        if class_dim != 1:  # as rows, which is faster; mixed samples must stay together
+            arrange = partial(classes_first, dim=class_dim) if mix is not None else as_rows
+            over_classes = outputs | {who: arrange(outputs.get(who)) for who in ("pred", "teacher_pred")}
+            labels = y if mix is not None else y.flatten()
+        values = {}
+        for p in self.parts:
+            weight = p.weight_at(pct)
+            if weight or not self._checked:
+                given = (over_classes, labels) if trait(p.loss, "over_classes") else (outputs, y)
+                value = self._value(p, *given, mix, adapt)
+            if weight:
+                values[p.name] = weight * value
+        self._checked = True
+        return values
+
+    def _value(
+        self, part: Part, outputs: dict[str, Any], y: Any, mix: MixHandler | None, adapt: Adapt | None
+    ) -> Tensor:
+        outputs = outputs | part.select(outputs["fm_s"], outputs["fm_t"])
+        if adapt is not None and part.name in self._adapts:
+            outputs |= adapt(outputs["fm_s"], outputs["fm_t"])
+        if mix is None or "target" not in self._params[part.name]:
+            value = self._call(part, outputs, adapt, target=y)
+        else:  # the loss on two labels, mixed: of each sample where it can tell, else of the batch
+            each = {"reduction": "none"} if trait(part.loss, "reduction") else {}
+            value, value1 = (self._call(part, outputs, adapt, target=t, **each) for t in (y, plain(detuplify(mix.yb1))))
+            value = torch.lerp(value1, value, mix.lam.to(value.dtype)).mean()
+        if not isinstance(value, Tensor) or value.ndim:
+            got = f"one of shape {shape_of(value)}: take its mean" if isinstance(value, Tensor) else repr(value)
+            raise TypeError(f"the distillation loss must return a scalar tensor, got {got}")
+        return value
+
+    def _call(self, part: Part, outputs: dict[str, Any], adapt: Adapt | None, **kwargs: Any) -> Any:
+        "The loss; torch's errors say nothing of layers and shapes, so they are added."
+        try:
+            return part.loss(**outputs, **kwargs)
+        except RuntimeError as e:
+            if type(e) is not RuntimeError:  # out of memory, not implemented
+                raise
+            raise RuntimeError(f"{part.name}: {e}. {self._what_it_got(part, outputs, adapt, str(e))}") from e
+
+    def _what_it_got(self, part: Part, outputs: dict[str, Any], adapt: Adapt | None, error: str) -> str:
+        shapes = [f"{name} {shape_of(x)}" for name, x in outputs.items() if isinstance(x, Tensor)]
+        hint = ""
+        for (name_s, s), (name_t, t) in zip(outputs["fm_s"].items(), outputs["fm_t"].items(), strict=True):
+            shapes.append(f"student layer {name_s!r} {shape_of(s)} and teacher layer {name_t!r} {shape_of(t)}")
+            if s.shape != t.shape and part.name in self._adapts and adapt is None:
+                hint = ". The callback's adapter='auto' brings layers to one shape"
+        if "out of bounds" in error and "ignore_index" in self._params[part.name]:
+            hint = ". Labels must be classes; void ones are left out with ignore_index"
+        return f"It got {', '.join(shapes)}{hint}"
+
+
+def mix_of(learn: Learner) -> MixHandler | None:
+    "MixUp or CutMix, while it mixes the task loss."
+    mix = getattr(learn.loss_func, "__self__", None)
+    return mix if isinstance(mix, MixHandler) else None
+
+
+def _check_layers(student: Sequence[str], teacher: Sequence[str], loss_params: dict[str, bool]) -> None:
+    "Pairs of names, present if the loss needs them."
+    if not all(isinstance(name, str) for name in (*student, *teacher)):
+        raise TypeError(f"layers are given by name, as in get_model_layers(model), got {student} and {teacher}")
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"layers pair by position, but activations_student has {len(student)} {list(student)} and "
+            f"activations_teacher {len(teacher)} {list(teacher)}"
+        )
+    if not student and (loss_params.get("fm_s") or loss_params.get("fm_t")):
+        raise ValueError(
+            "this loss compares layers: give activations_student and activations_teacher, "
+            "e.g. pairs['student'] and pairs['teacher'] of match_feature_layers(student, teacher, x)"
+        )

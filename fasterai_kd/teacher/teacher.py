@@ -1,0 +1,282 @@
+"The teacher: its predictions and features for a batch."
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from fastai.learner import Learner, load_learner
+from torch import Tensor, nn
+
+from .._modules import evaluating, keeps_state
+from .._tensors import map_tensors, plain, predictions, tensors
+from ..features.hooks import FeatureHooks
+from ._fingerprint import fingerprint
+from ._packing import PREDICTIONS
+from .cache import TeacherCache, as_cache
+from .inputs import transformed
+
+__all__ = ["Teacher"]
+
+
+class TeacherOutput(NamedTuple):
+    "What a teacher gives for a batch."
+
+    output: Any  # what its model returned; from a cache the predictions in it
+    features: dict[str, Tensor]  # by layer
+
+    @property
+    def pred(self) -> Tensor:
+        "The predictions, one tensor in float32."
+        pred: Tensor = plain(predictions(self.output))
+        return pred
+
+    def fault(self) -> str | None:
+        "Which part has nan or inf?"
+        outputs = [*self.features.items(), *(("predictions", x) for x in tensors(self.output))]
+        return next((name for name, x in outputs if not torch.isfinite(x).all()), None)
+
+
+class Teacher:
+    """Runs the teacher under `no_grad` in evaluation mode, and restores its state afterwards.
+
+    Give it to `KnowledgeDistillationCallback` in the place of a model, to set an option; share it between callbacks to
+    share its cache. By hand: `Teacher(model).forward((x,), ["layer4"])` gives `.pred` and `.features`. Parameters,
+    BatchNorm statistics, gradients and train flags of the model are never changed; it moves to the batch's device.
+
+    The path of an exported Learner is read with pickle, which runs code: load only files that you trust.
+
+    To make another kind of teacher, override `predict`, which gets the prepared inputs of a batch:
+
+        class Flipped(Teacher):
+            def predict(self, x):
+                return (self.model(x) + self.model(x.flip(-1))) / 2
+
+    Raises TypeError for what is no teacher, ValueError for a model without weights (on the device 'meta'), for another
+    dtype, and for a cache of a recurrent model.
+    """
+
+    is_fixed = True  # does it stay as it is during a fit?
+    model: Any = None
+    vocab: Any = None  # of its data, if it came with them
+    tfm: Callable[..., Any] | None = None
+    dtype: torch.dtype | None = None
+    cache: TeacherCache | None = None
+
+    def __new__(cls, source: Any = None, **kwargs: Any) -> Teacher:
+        if cls is Teacher and isinstance(source, (list, tuple)):
+            from .ensemble import Ensemble  # which is made of teachers
+
+            return super().__new__(Ensemble)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        source: Any,  # model, Learner, path of an exported Learner, or a list of these (an ensemble)
+        *,
+        tfm: Callable[..., Any] | None = None,  # the student's inputs → the teacher's: size, normalization, ...
+        dtype: torch.dtype | None = None,  # autocast of the teacher alone; None: as the student
+        cache: bool | str | Path | TeacherCache | None = None,  # store outputs by sample: True, or a folder's path
+    ):
+        if tfm is not None and not callable(tfm):
+            raise TypeError(f"tfm must be a function, the student's inputs → the teacher's, got {tfm!r}")
+        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+        self.tfm, self.dtype = tfm, dtype
+        self._init_state()
+        self._take(source)
+        if any(p.is_meta for p in self.model.parameters()):
+            raise ValueError("the teacher has no weights, it is on the device 'meta': load it first")
+        self.cache = as_cache(cache, self.members[0].model)
+        if self.cache is not None and keeps_state(self.model):
+            raise ValueError(
+                "the teacher has a method `reset`, so it is recurrent and keeps a state from batch to batch: its "
+                "outputs cannot be stored by sample, use no cache"
+            )
+
+    def forward(
+        self,
+        xb: Sequence[Any],  # the student's inputs
+        layers: Sequence[str] = (),  # whose features are wanted
+        *,
+        class_dim: int = 1,  # where predictions have their classes
+        reads_predictions: bool = True,  # False: a cache stores features alone
+        as_returned: bool = False,  # the model's output as a whole is wanted, not the predictions in it
+    ) -> TeacherOutput:
+        "Predictions and features of a batch, stored ones where the cache has all of them."
+        xb = transformed(self.tfm, xb)
+        if self.cache is None:
+            return self._run(xb, layers, class_dim)
+
+        def run() -> dict[str, Tensor]:
+            out = self._run(xb, layers, class_dim)
+            if not reads_predictions:
+                return dict(out.features)
+            if as_returned and not isinstance(out.output, Tensor):
+                raise TypeError(
+                    f"the cache stores one tensor of predictions, not a {type(out.output).__name__}: use no cache"
+                )
+            return {PREDICTIONS: out.pred, **out.features}
+
+        if not self._looked:
+            self._look_at_weights(fitting=False)
+        dtypes = self._dtypes(xb)
+        how = (self._fingerprint, tuple(layers), class_dim, reads_predictions, as_returned, dtypes)
+        half = any(dtype in (torch.float16, torch.bfloat16) for dtype in dtypes)
+        outputs = self.cache.fetch(xb, run, str(how), half)
+        if self.cache.is_due:
+            self._look_at_weights()
+        return TeacherOutput(outputs.pop(PREDICTIONS, None), outputs)
+
+    def predict(self, *inputs: Any) -> Any:
+        "The model's output for prepared inputs."
+        return self.model(*inputs)
+
+    # The course of a fit
+
+    def begin_fit(self, student: nn.Module) -> None:
+        "Raise if teacher and student are one model, or train the same parameters."
+        own = {id(m) for m in self.model.modules()} | {id(p) for p in self.model.parameters() if p.requires_grad}
+        if id(student) in own:
+            raise ValueError("teacher and student are the same model: train a new one, e.g. a smaller one")
+        shared = next((name for name, p in student.named_parameters() if p.requires_grad and id(p) in own), None)
+        if shared is not None:
+            raise ValueError(
+                f"teacher and student share the trainable parameter {shared!r}: give the student a copy of it"
+            )
+        self._looked = False
+        if self.cache is not None:
+            self.cache.begin_fit()
+
+    def begin_epoch(self, training: bool) -> None:
+        "A recurrent model forgets its state, as fastai resets the student's; are the weights still the same?"
+        reset = getattr(self.model, "reset", None)
+        if callable(reset):
+            reset()
+        if self.cache is not None:
+            if training and self._looked:
+                self._look_at_weights()
+            self.cache.begin_epoch(training)
+
+    def end_fit(self) -> None:
+        "Write what is to be stored."
+        if self.cache is not None and self._looked:
+            self._look_at_weights()
+
+    def follow(self, student: nn.Module, anew: bool) -> None:
+        "Before a batch, with `anew` the first of a fit: a teacher that is made of the student learns whom to follow."
+
+    def after_step(self) -> None:
+        "The student has changed."
+
+    @property
+    def why_no_raw_outputs(self) -> str | None:
+        "Why its predictions are log-probabilities, if they are."
+        return "a cache with top_k keeps log-probabilities" if self.cache is not None and self.cache.top_k else None
+
+    def find_layers(self, names: Sequence[str], student: nn.Module | None = None) -> None:
+        "ValueError for a layer that the model, or the student of which one is to be made, does not have."
+        model = self.model if self.model is not None else student
+        if model is not None:
+            FeatureHooks(names, "teacher").layers(model)
+
+    @property
+    def members(self) -> list[Teacher]:
+        "Itself, or those of an ensemble."
+        return [self]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        "A copy of the callback has options of its own; it shares the model and the cache."
+        new = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new._init_state()
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        "A callback that is saved, say by `learn.export()`, leaves its teacher out."
+        return _no_teacher, ()
+
+    def _init_state(self) -> None:
+        self._hooks: dict[tuple[str, ...], FeatureHooks] = {}
+        self._fingerprint, self._looked = "", False
+
+    def _take(self, source: Any) -> None:
+        if isinstance(source, (str, Path)):
+            source = _load(source)
+        if isinstance(source, Learner):
+            has_data = len(getattr(source.dls, "loaders", ()))
+            self.vocab = getattr(source.dls, "vocab", None) if has_data else None
+            source = source.model
+        if not isinstance(source, nn.Module):
+            raise TypeError(
+                "teacher must be a model (nn.Module), a Learner, the path of an exported Learner, a list of these, a "
+                f"Teacher or an EMATeacher, got a {type(source).__name__}"
+            )
+        self.model = source
+
+    @torch.no_grad()
+    def _run(self, xb: Sequence[Any], layers: Sequence[str], class_dim: int) -> TeacherOutput:
+        hooks = self._hooks.setdefault(tuple(layers), FeatureHooks(layers, "teacher"))
+        inputs = self._prepare(xb)
+        with evaluating(self.model), self._autocast(inputs), hooks.on(self.model):
+            output = self.predict(*inputs)
+        return TeacherOutput(output, hooks.pop())
+
+    def _prepare(self, xb: Sequence[Any]) -> list[Any]:
+        "The inputs in the model's precision; moves the model to them."
+        inputs, device = [map_tensors(plain, x) for x in xb], device_of(xb)
+        p = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        if p is None or device is None:
+            return inputs
+        if p.device != device:
+            self.model.to(device)
+        return [map_tensors(lambda x: x.to(p.dtype) if x.is_floating_point() else x, x) for x in inputs]
+
+    def _autocast(self, inputs: Sequence[Any]) -> Any:
+        device = device_of(inputs)
+        if self.dtype is None or device is None:
+            return nullcontext()
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        return torch.autocast(device.type, self.dtype if half else None, enabled=half)
+
+    def _dtypes(self, xb: Sequence[Any]) -> list[torch.dtype | None]:
+        "Of the weights, the own autocast and the student's."
+        device = device_of(xb)
+        kind = device.type if device is not None else "cpu"
+        students = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        weights = sorted({p.dtype for p in self.model.parameters()}, key=str)
+        return [*weights, *(teacher.dtype for teacher in (self, *self.members)), students]
+
+    def _look_at_weights(self, fitting: bool = True) -> None:
+        "Are they those of the last look? Only then was what is pending stored under the right name."
+        assert self.cache is not None
+        before, self._fingerprint, self._looked = self._fingerprint, fingerprint(self.model), True
+        self.cache.settle(not before or before == self._fingerprint, fitting)
+
+
+def as_teacher(source: Any) -> Teacher:
+    "A `Teacher` as it is, or one of a model, a Learner, a path or a list."
+    return source if isinstance(source, Teacher) else Teacher(source)
+
+
+def _load(path: str | Path) -> Learner:
+    try:
+        learner = load_learner(path)
+        _ = learner.model
+        return learner
+    except AttributeError as e:
+        raise TypeError(
+            f"{path} is not an exported Learner ({e}); create it with learn.export(), not learn.save()"
+        ) from e
+
+
+def device_of(xb: Sequence[Any]) -> torch.device | None:
+    "Where the first tensor is."
+    return next((x.device for x in tensors(xb)), None)
+
+
+def _no_teacher() -> None:
+    "What is loaded in its place."
