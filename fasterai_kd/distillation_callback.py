@@ -166,6 +166,10 @@ class KnowledgeDistillationCallback(Callback):
                 stacklevel=2,
             )
 
+    def after_train(self) -> None:
+        "Move the losses of the epoch off the device."
+        self._history.collect()
+
     def after_fit(self) -> None:
         "Drop a batch that CancelFitException ended."
         self._leave()

@@ -64,15 +64,16 @@ class LossHistory:
         if step:
             self._steps.append((list(self._last.values()), weight))
             if len(self._steps) == CHUNK:
-                self._collect()
+                self.collect()
 
     @property
     def history(self) -> dict[str, list[float]]:
         "`task_loss`, `kd_loss`, its parts and `weight`, a value a step."
-        self._collect()
+        self.collect()
         return self._history
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
+        "Move the steps so far off the device."
         if self._steps:
             values, weights = zip(*self._steps, strict=True)
             columns = torch.stack([torch.stack(v) for v in values], 1).tolist()

@@ -1,5 +1,6 @@
 "Distillation composes with the rest of fastai: each test marked `works` is a row of nbs/what_works.md."
 
+import contextlib
 import copy
 import gc
 import random
@@ -504,6 +505,29 @@ def compiled(model, how):
         model.compile(backend="eager")
         return model
     return torch.compile(model, backend="eager")
+
+
+@works("faults", "torch.compile: two callbacks in one fit, an interrupted fit: nothing process-wide is left")
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("where", ["student", "after_loss"])
+def test_a_compiled_student_leaves_the_process_as_it_was(make_learner, teacher, where, end):
+    class Second(KnowledgeDistillationCallback):
+        pass
+
+    def stop(*args):
+        if end is not None:
+            raise end("x")
+
+    student = Net()
+    cbs = [kind(teacher, Attention, *PAIRS) for kind in (KnowledgeDistillationCallback, Second)]
+    learn = make_learner(torch.compile(student, backend="eager"), cbs=cbs)
+    if where == "student":
+        student.head.register_forward_hook(stop)
+    else:
+        learn.add_cb(Callback(after_loss=stop))
+    with pytest.raises(end) if end else contextlib.nullcontext():
+        learn.fit(1, 0.01)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 @works("training features", "torch.compile of student and teacher; runs uncompiled where layers are compared")

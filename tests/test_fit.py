@@ -488,10 +488,11 @@ def test_export_leaves_the_teacher_out_and_the_loaded_callback_says_so_when_fitt
 
 @works("other calls", "pickling, deepcopy")
 def test_a_pickled_callback_has_no_teacher_and_a_deep_copy_shares_it(make_learner, teacher):
+    teacher = Net(width=64)  # 500 kB
     kd = kd_for(teacher, Attention, weight=0.7)
     make_learner().fit(1, 0.01, cbs=kd)
     loaded, copied = pickle.loads(pickle.dumps(kd)), copy.deepcopy(kd)
-    assert len(pickle.dumps(kd)) < 2000
+    assert len(pickle.dumps(kd)) < 5000
     assert loaded.teacher is None
     assert copied.teacher is teacher
     for other in (loaded, copied):

@@ -118,7 +118,7 @@ class StudentFeatures:
     """Features of the student's layers in the learner's own forward: `start` before it, `pop` after it.
 
     A pre-hook on the model that the learner calls knows the learner's inputs by identity and puts the layers' hooks on;
-    a forward hook takes all of them off, also after an exception. `stop` removes what Ctrl-C has left.
+    a forward hook takes them off, also after an exception. The two go with `pop`, `stop`, or the model's next forward.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -159,13 +159,19 @@ class StudentFeatures:
         return StudentFeatures, ((),)
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        if self._learn is None or self.hooks.are_on:  # a copy, or a forward that Ctrl-C ended
+        if self.hooks.are_on:  # in a forward that Ctrl-C ended
             self.stop()
+        elif self._learn is None:  # the learner's own forward is done
+            self._take_off()
         elif len(args) == len(self._learn.xb) and all(a is b for a, b in zip(args, self._learn.xb, strict=True)):
             self.hooks.put_on(model)
-            self._handles.append(model.register_forward_hook(self._take_off, always_call=True))
+            self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
 
-    def _take_off(self, *args: Any) -> None:
+    def _after_forward(self, *args: Any) -> None:
+        self._learn = None
+        self.hooks.take_off()
+
+    def _take_off(self) -> None:
         for handle in self._handles:
             handle.remove()
         if self._eager is not None:
