@@ -77,18 +77,18 @@ class Shard:
 
     def read(self, numbers: Sequence[int]) -> np.ndarray | None:
         "These records; None if the file is cut short or gone."
-        records = np.empty(len(numbers), self.dtype)
         size = self.dtype.itemsize
-        rows = records.view(np.uint8).reshape(len(numbers), size)
+        data = bytearray(size * len(numbers))
+        view = memoryview(data)
         try:
             with self.path.open("rb", buffering=0) as f:
-                for row, number in zip(rows, numbers, strict=True):
+                for i, number in enumerate(numbers):
                     f.seek(self._start + number * size)
-                    if f.readinto(row.data) != size:
+                    if f.readinto(view[i * size : (i + 1) * size]) != size:
                         return None
         except OSError:
             return None
-        return records
+        return np.frombuffer(data, self.dtype)
 
 
 @dataclass

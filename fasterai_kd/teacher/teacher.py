@@ -21,6 +21,8 @@ from .inputs import transformed
 
 __all__ = ["Teacher"]
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 class TeacherOutput(NamedTuple):
     "What a teacher gives for a batch."
@@ -83,7 +85,7 @@ class Teacher:
     ):
         if tfm is not None and not callable(tfm):
             raise TypeError(f"tfm must be a function, the student's inputs → the teacher's, got {tfm!r}")
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        if dtype not in (None, torch.float32, *HALF):
             raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
         self.tfm, self.dtype = tfm, dtype
         self._init_state()
@@ -123,9 +125,9 @@ class Teacher:
 
         if not self._looked:
             self._look_at_weights(fitting=False)
-        dtypes = self._dtypes(xb)
+        dtypes = self._autocasts(xb)
         how = (self._fingerprint, tuple(layers), class_dim, reads_predictions, as_returned, dtypes)
-        half = any(dtype in (torch.float16, torch.bfloat16) for dtype in dtypes)
+        half = self._is_half or any(dtype in HALF for dtype in dtypes)
         outputs = self.cache.fetch(xb, run, str(how), half)
         if self.cache.is_due:
             self._look_at_weights()
@@ -201,7 +203,7 @@ class Teacher:
 
     def _init_state(self) -> None:
         self._hooks: dict[tuple[str, ...], FeatureHooks] = {}
-        self._fingerprint, self._looked = "", False
+        self._fingerprint, self._looked, self._is_half = "", False, False
 
     def _take(self, source: Any) -> None:
         if isinstance(source, (str, Path)):
@@ -239,21 +241,21 @@ class Teacher:
         device = device_of(inputs)
         if self.dtype is None or device is None:
             return nullcontext()
-        half = self.dtype in (torch.float16, torch.bfloat16)
+        half = self.dtype in HALF
         return torch.autocast(device.type, self.dtype if half else None, enabled=half)
 
-    def _dtypes(self, xb: Sequence[Any]) -> list[torch.dtype | None]:
-        "Of the weights, the own autocast and the student's."
+    def _autocasts(self, xb: Sequence[Any]) -> list[torch.dtype | None]:
+        "The dtypes of the own and the student's."
         device = device_of(xb)
         kind = device.type if device is not None else "cpu"
         students = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        weights = sorted({p.dtype for p in self.model.parameters()}, key=str)
-        return [*weights, *(teacher.dtype for teacher in (self, *self.members)), students]
+        return [*(teacher.dtype for teacher in (self, *self.members)), students]
 
     def _look_at_weights(self, fitting: bool = True) -> None:
         "Are they those of the last look? Only then was what is pending stored under the right name."
         assert self.cache is not None
         before, self._fingerprint, self._looked = self._fingerprint, fingerprint(self.model), True
+        self._is_half = any(p.dtype in HALF for p in self.model.parameters())
         self.cache.settle(not before or before == self._fingerprint, fitting)
 
 
