@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from . import distill as _distill  # noqa: F401  # adds Learner.distill
 from . import losses, teacher
+from ._docs import describe_parameters as _describe
 from .distillation_callback import KnowledgeDistillationCallback
 from .losses import *
 from .mutual_learning import MutualLearning
@@ -13,3 +14,6 @@ from .teacher import *
 __all__ = ["KnowledgeDistillationCallback", "MutualLearning", "Schedule"]
 __all__ += losses.__all__
 __all__ += teacher.__all__
+
+for _name in dict.fromkeys(__all__):
+    _describe(globals()[_name])

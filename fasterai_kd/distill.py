@@ -10,6 +10,7 @@ from fastcore.basics import listify, patch
 from torch import Tensor, nn
 
 from ._class_axis import class_dim, index_labels
+from ._docs import describe_parameters
 from ._modules import evaluating
 from ._tensors import predictions, shape_of
 from .distillation_callback import KnowledgeDistillationCallback
@@ -26,7 +27,7 @@ Choice = tuple[Callable[..., Tensor], dict[str, Any], str]  # loss, arguments of
 def distill(
     self: Learner,
     teacher: Any,  # model, Learner, path of an exported Learner, or a list of these
-    epochs: int,
+    epochs: int,  # of `fit_one_cycle`
     lr: float | None = None,  # highest learning rate; None: the Learner's own
     **kwargs: Any,  # for `fit_one_cycle`
 ) -> KnowledgeDistillationCallback:
@@ -43,6 +44,9 @@ def distill(
     kd = KnowledgeDistillationCallback(teacher, loss, **layers, weight="auto")
     self.fit_one_cycle(epochs, lr, cbs=[kd, *listify(kwargs.pop("cbs", None))], **kwargs)
     return kd
+
+
+describe_parameters(Learner.distill)
 
 
 def _choose(learn: Learner, teacher: Teacher) -> Choice:

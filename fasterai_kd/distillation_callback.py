@@ -26,6 +26,11 @@ from .weighting import Weighting
 
 __all__ = ["KnowledgeDistillationCallback", "get_model_layers", "get_module_by_name", "match_feature_layers"]
 
+LOADED = """KnowledgeDistillationCallback was loaded from a file, without its teacher, and does nothing: set its \
+`teacher`, or remove it with `learn.remove_cb(KnowledgeDistillationCallback)`"""
+UNLABELED = """the batches have no labels, so fastai trains nothing: to learn from the teacher alone give any labels \
+and task_weight=0"""
+
 
 class KnowledgeDistillationCallback(Callback):
     """Trains the learner's model, the student, to follow `teacher` as well as the labels.
@@ -93,17 +98,12 @@ class KnowledgeDistillationCallback(Callback):
 
     def before_train(self) -> None:
         "A new fit begins a new history."
+        if not self.train_iter:
+            self._history.reset(self._evaluator.part_names)
         if self._teacher is not None:
             self._teacher.begin_epoch(training=True)
-        if self.train_iter:
-            return
-        self._history.reset(self._evaluator.part_names)
-        if self._teacher is None:
-            warnings.warn(
-                "KnowledgeDistillationCallback was loaded from a file, without its teacher, and does nothing: "
-                "set its `teacher`, or remove it with `learn.remove_cb(KnowledgeDistillationCallback)`",
-                stacklevel=2,
-            )
+        elif not self.train_iter:
+            warnings.warn(LOADED, stacklevel=2)
 
     def before_validate(self) -> None:
         "A recurrent teacher starts where the student does."
@@ -160,11 +160,7 @@ class KnowledgeDistillationCallback(Callback):
         self._features.stop()
         self._check_finite()
         if self.training and not len(self.yb):
-            warnings.warn(
-                "the batches have no labels, so fastai trains nothing: to learn from the teacher alone give any labels "
-                "and task_weight=0",
-                stacklevel=2,
-            )
+            warnings.warn(UNLABELED, stacklevel=2)
 
     def after_train(self) -> None:
         "Move the losses of the epoch off the device."
@@ -248,9 +244,8 @@ class KnowledgeDistillationCallback(Callback):
         fault = None if is_finite is None or is_finite or out is None else out.fault()
         if fault is None:
             return
-        for holder in (self.learn.opt, *self._modules()):
-            if holder is not None:
-                holder.zero_grad()
+        for holder in filter(None, (self.learn.opt, *self._modules())):
+            holder.zero_grad()
         raise FloatingPointError(
             f"the teacher gives nan or inf ({fault}) in {'training' if self.training else 'validation'} batch "
             f"{self.iter} of epoch {self.epoch}: check its weights, its dtype and its input normalization"

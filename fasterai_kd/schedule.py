@@ -34,8 +34,8 @@ class Schedule:
         sched_func: Callable[[float, float, float], float],  # (start, end, position in 0..1) → value
         start_pct: float = 0.0,  # constant `start_val` before this share of the training
         end_pct: float = 1.0,  # constant after it
-        start_val: float = 0.0,
-        end_val: float = 1.0,
+        start_val: float = 0.0,  # at the start
+        end_val: float = 1.0,  # at the end
     ):
         if not callable(sched_func):
             raise TypeError(f"sched_func must be a function (start, end, pos) → value, got {sched_func!r}")

@@ -8,6 +8,7 @@ from latex2mathml.converter import convert
 from sphinx.util.typing import stringify_annotation
 
 import fasterai_kd
+from fasterai_kd._docs import PARAMETERS
 
 project = "fasterai_kd"
 release = version = fasterai_kd.__version__
@@ -39,6 +40,8 @@ def add_docments(app, what, name, obj, options, lines):
             lines.insert(i, "")  # a paragraph of its own
     if what not in ("class", "function", "method"):
         return
+    if PARAMETERS in lines:  # for help(): here they follow with their types
+        del lines[lines.index(PARAMETERS) :]
     found = docments(obj, full=True)
     of_kwargs = found.pop("return", {}).get("docment")  # fastcore takes the comment beside **kwargs for the result's
     lines.append("")

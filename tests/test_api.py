@@ -3,11 +3,14 @@
 import ast
 import importlib.metadata
 import inspect
+import pydoc
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fastai.learner import Learner
 
 import fasterai_kd
 from fasterai_kd.losses._traits import REGISTRY
@@ -55,6 +58,14 @@ def test_every_public_object_has_a_docstring_and_typed_arguments(obj):
     assert all(p.annotation is not p.empty for p in params)
 
 
+@pytest.mark.parametrize("obj", [*PUBLIC, Learner.distill], ids=lambda o: o.__name__)
+def test_help_shows_what_every_parameter_means(obj):
+    shown = pydoc.render_doc(obj, renderer=pydoc.plaintext)
+    for name, p in inspect.signature(obj).parameters.items():
+        if p.kind != p.VAR_KEYWORD and name != "self":
+            assert re.search(rf"^ *\|? *{name}: \S", shown, re.MULTILINE), name
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_says_what_it_raises_and_its_source(name):
     doc = getattr(fasterai_kd, name).__doc__
@@ -67,7 +78,7 @@ def test_the_version_is_that_of_the_installed_package():
 
 
 PACKAGE = Path(fasterai_kd.__file__).parent
-FLOOR = {"_tensors", "_modules", "_class_axis", "schedule"}  # imported by all, importing one another alone
+FLOOR = {"_tensors", "_modules", "_class_axis", "_docs", "schedule"}  # imported by all, importing one another alone
 ROOMS = {  # may import, besides the floor
     "losses": set(),
     "features": set(),

@@ -21,7 +21,7 @@ _Shapes = dict[str, tuple[int, ...]]
 
 
 def get_model_layers(
-    model: nn.Module,
+    model: nn.Module,  # any model
     get_layer_repr: bool = False,  # an OrderedDict of name → representation instead of a list of names
 ) -> list[str] | dict[str, str]:
     "The names of all layers of `model`, parents before children."
