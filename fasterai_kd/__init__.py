@@ -2,9 +2,10 @@
 
 __version__ = "0.1.0"
 
+from . import data, losses, teacher
 from . import distill as _distill  # noqa: F401  # adds Learner.distill
-from . import losses, teacher
 from ._docs import describe_parameters as _describe
+from .data import *
 from .distillation_callback import KnowledgeDistillationCallback
 from .losses import *
 from .mutual_learning import MutualLearning
@@ -12,6 +13,7 @@ from .schedule import Schedule
 from .teacher import *
 
 __all__ = ["KnowledgeDistillationCallback", "MutualLearning", "Schedule"]
+__all__ += data.__all__
 __all__ += losses.__all__
 __all__ += teacher.__all__
 

@@ -6,7 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DeferredBool", "by_position", "map_tensors", "only_tensor", "plain", "predictions", "shape_of", "tensors"]
+__all__ = [
+    "DeferredBool",
+    "by_position",
+    "join",
+    "map_tensors",
+    "only_tensor",
+    "plain",
+    "predictions",
+    "shape_of",
+    "take_first",
+    "tensors",
+]
 
 
 class DeferredBool:
@@ -75,9 +86,29 @@ def map_tensors(f: Callable[[Tensor], Tensor], x: Any) -> Any:
     "`f` of a tensor, or of all in a nest of tuples, lists and dicts; anything else as it is."
     if isinstance(x, Tensor):
         return f(x)
-    if type(x) is dict:
-        return {k: map_tensors(f, v) for k, v in x.items()}
+    if isinstance(x, Mapping):
+        parts = {k: map_tensors(f, v) for k, v in x.items()}
+        return parts if type(x) is dict else type(x)(**parts)  # transformers' ModelOutput, BatchEncoding
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(map_tensors(f, v) for v in x))
     return type(x)(map_tensors(f, v) for v in x) if type(x) in (tuple, list) else x
+
+
+def join(a: Any, b: Any) -> Any:
+    "Inputs or outputs of two batches as those of one; None where their shapes or forms differ."
+    if isinstance(a, Tensor):
+        if not isinstance(b, Tensor) or a.shape[1:] != b.shape[1:] or not a.ndim or a.dtype != b.dtype:
+            return None
+        return torch.cat([a.as_subclass(Tensor), b.as_subclass(Tensor)]).as_subclass(type(a))
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) and len(a) == len(b):
+        parts = [join(x, y) for x, y in zip(a, b, strict=True)]
+        return None if any(p is None for p in parts) else type(a)(parts)
+    return None
+
+
+def take_first(x: Any, n: int, total: int) -> Any:
+    "Of all tensors with `total` samples the first `n`; with a negative `n` the rest."
+    return map_tensors(lambda t: (t[:n] if n >= 0 else t[-n:]) if t.ndim and len(t) == total else t, x)
 
 
 def by_position(names: Sequence[str], features: Mapping[str, Tensor], whose: str) -> dict[str, Tensor]:

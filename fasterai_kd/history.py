@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ._tensors import shape_of
 
-__all__ = ["LossHistory"]
+__all__ = ["LossHistory", "check_metrics"]
 
 CHUNK = 256  # steps
 
@@ -83,7 +83,7 @@ class LossHistory:
 
     def metrics(self, names: Sequence[str]) -> list[AvgMetric]:
         "Means over the samples, of these."
-        return [AvgMetric(self._metric(name)) for name in names]
+        return [_LossMetric(self._metric(name)) for name in names]
 
     def share(self, name: str) -> AvgMetric:
         "Of 'agreement' or 'teacher_accuracy'."
@@ -96,6 +96,20 @@ class LossHistory:
 
         value.__name__ = name
         return value
+
+
+def check_metrics(metrics: Sequence[Any]) -> None:
+    "ValueError for metrics that compare with labels where there are none."
+    names = [m.name for m in metrics if not isinstance(m, (_LossMetric, _Share))]
+    if names:
+        raise ValueError(
+            f"the dataloaders have no labels, which {', '.join(names)} would need: give the Learner no other metrics "
+            "than those of the callback"
+        )
+
+
+class _LossMetric(AvgMetric):
+    "Of a loss."
 
 
 class _Share(AvgMetric):

@@ -49,6 +49,21 @@ class Weighting:
         check_weights(weight, self.task_weight, f" at {pct:.0%} of the training, where the schedule gives {factor:g}")
         return weight
 
+    @property
+    def measuring(self) -> bool:
+        "Are the gradients of this batch to be compared?"
+        return self.auto is not None and self.auto.measuring
+
+    def measure(self, task: Tensor, kd: Tensor, student: nn.Module) -> None:
+        'For `weight="auto"`, before the backward pass.'
+        if self.auto is not None:
+            self.auto.measure(task, kd, student)
+
+    def report(self) -> None:
+        "At the end of a fit."
+        if self.auto is not None:
+            self.auto.report()
+
     def blend(
         self,
         task: Tensor,

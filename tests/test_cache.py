@@ -535,7 +535,7 @@ class Noise(Callback):
 def test_random_augmentation_turns_it_off_in_training_but_validation_still_hits(teacher, cb, tmp_path):
     plain = weights(teacher, cbs=[cb()], epochs=4)
     calls, mine = counted(teacher), Teacher(teacher, cache=tmp_path / "outputs")
-    with pytest.warns(UserWarning, match="0 of 16 samples were found .*deterministic transforms") as caught:
+    with pytest.warns(UserWarning, match="0 of 16 samples were found .*give `fit` the callback Rep") as caught:
         learn, _ = distil(mine, cbs=[cb()], epochs=4)
     assert same(plain, state(learn.model))
     assert len(caught) == 1
@@ -834,7 +834,7 @@ def test_get_preds_and_validate_store_and_spoil_nothing(teacher):
 def test_export_and_copies_leave_the_stored_outputs_where_they_are(teacher, tmp_path):
     mine = Teacher(teacher, cache=tmp_path / "outputs")
     learn, kd = distil(mine, epochs=1)
-    assert copy.deepcopy(kd)._teacher.cache is mine.cache
+    assert copy.deepcopy(kd)._distiller.teacher.cache is mine.cache
     learn.add_cb(kd)
     learn.path = learn.dls.path = tmp_path
     learn.export("student.pkl")

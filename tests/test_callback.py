@@ -16,10 +16,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fasterai_kd import *
+from fasterai_kd.losses._traits import REGISTRY
 from fasterai_kd.schedule import sched_lin
-
-LOSSES = [SoftTarget, Logits, Mutual, DecoupledKD, Attention, Similarity, FitNet, ActivationBoundaries]
-LOSSES += [DIST, RKD, PKT, CWD]
 
 
 def test_the_first_six_arguments_may_be_positional_the_others_not():
@@ -71,7 +69,11 @@ BAD = [
     ),
     (TypeError, "no argument 'aplha': did you mean 'alpha'", lambda t: (t, partial(DecoupledKD, aplha=2))),
     (TypeError, "RKD has no argument 'wd': did you mean 'w_d'", lambda t: (t, combine((partial(RKD, wd=2), 1.0)))),
-    (ValueError, "an ensemble gives log-probabilities, Logits", lambda t: ([t, Net()], partial(Logits))),
+    (
+        ValueError,
+        "an ensemble gives log-probabilities, but the loss compares raw outputs",
+        lambda t: ([t, Net()], partial(Logits)),
+    ),
     (ValueError, "an ensemble has no common layers", lambda t: ([t, Net()], Attention, "conv1", "conv1")),
 ]
 
@@ -198,7 +200,7 @@ def saved_for_backward(learn, *cbs):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", REGISTRY.values())
 def test_a_step_saves_for_backward_what_the_student_and_the_loss_need_and_nothing_of_the_teacher(
     make_learner, teacher, student, loss, frozen
 ):

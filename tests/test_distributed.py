@@ -59,7 +59,7 @@ for fit in range(2):
     learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), opt_func=sgd, wd=0., metrics=kd.metrics)
     with contextlib.redirect_stdout(printed), learn.distrib_ctx(sync_bn=False, cpu=True):
         learn.fit(2, 0.1, cbs=kd)
-    again.append(([p.detach() for p in learn.model.parameters()], len(calls), len(kd._teacher.cache)))
+    again.append(([p.detach() for p in learn.model.parameters()], len(calls), len(kd._distiller.teacher.cache)))
     if world > 1:
         torch.distributed.barrier()
 results["cached"] = again

@@ -108,7 +108,7 @@ def test_the_home_page_shows_its_picture_and_the_change(page):
     width = page.locator("article img").first.evaluate("img => img.naturalWidth")
     assert width > 600
     assert "kd = KnowledgeDistillationCallback(teacher, SoftTarget)" in page.locator(".highlight-diff").inner_text()
-    assert "Add a loss in six steps" in page.locator(".sidebar-tree").inner_text()
+    assert "Add a loss in three steps" in page.locator(".sidebar-tree").inner_text()
 
 
 @pytest.mark.parametrize("width", [390, 1280])

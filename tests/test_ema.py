@@ -176,7 +176,7 @@ def test_copies_and_files_leave_the_average_out_and_start_their_own(make_learner
     learn = make_learner(cbs=mean_teacher(decay=0.8))
     learn.fit(1, 0.1)
     kd = learn.knowledge_distillation
-    for other in (copy.deepcopy(kd._teacher), pickle.loads(pickle.dumps(kd._teacher))):
+    for other in (copy.deepcopy(kd._distiller.teacher), pickle.loads(pickle.dumps(kd._distiller.teacher))):
         assert other.decay == 0.8
         assert other.model is None
     learn.export("e.pkl")

@@ -10,7 +10,8 @@ from conftest import Net, hooks
 from torch import nn
 
 from fasterai_kd import get_model_layers
-from fasterai_kd.features.hooks import FeatureHooks, StudentFeatures
+from fasterai_kd.features.hooks import FeatureHooks
+from fasterai_kd.features.student import StudentForward
 
 
 def features(model, names, x, whose="student"):
@@ -229,7 +230,7 @@ def compiled(how):
 def test_nothing_process_wide_outlives_the_forward_of_a_compiled_student(how, end):
     model, xb = compiled(how), (torch.randn(2, 3, 16, 16),)
     model(*xb)  # compiled without hooks, as by an earlier call
-    seen, student = [], StudentFeatures(["conv1"])
+    seen, student = [], StudentForward(["conv1"])
 
     def look(*args):
         seen.append(stance())
@@ -246,7 +247,7 @@ def test_nothing_process_wide_outlives_the_forward_of_a_compiled_student(how, en
             model(*xb)
     assert (seen, stance()) == (["force_eager"], "default")
     if end is None:
-        assert list(student.pop()) == ["conv1"]
+        assert list(student.pop()[0]) == ["conv1"]
     handle.remove()
     student.stop()
     assert hooks(model) == 0
@@ -255,7 +256,7 @@ def test_nothing_process_wide_outlives_the_forward_of_a_compiled_student(how, en
 
 def test_layers_are_hooked_during_the_learners_own_forward_alone():
     model, x = Net(), torch.randn(2, 3, 16, 16)
-    seen, student = [], StudentFeatures(["conv1", "layer1"])
+    seen, student = [], StudentForward(["conv1", "layer1"])
     model.head.register_forward_pre_hook(lambda m, args: seen.append(hooks(model.conv1) + hooks(model.layer1)))
     student.start(SimpleNamespace(model=model, xb=(x,)))
     for xb in (x + 1, x, x + 2):
@@ -263,14 +264,14 @@ def test_layers_are_hooked_during_the_learners_own_forward_alone():
         model(xb)
         assert seen == [2 if xb is x else 0]
         assert hooks(model.conv1) + hooks(model.layer1) == 0
-    assert torch.equal(student.pop()["conv1"], model.conv1(x))
+    assert torch.equal(student.pop()[0]["conv1"], model.conv1(x))
     assert hooks(model) == 1
 
 
 def test_an_exception_in_the_forward_takes_the_hooks_off():
     model, x = Net(), torch.randn(2, 3, 16, 16)
     handle = model.head.register_forward_hook(lambda m, i, o: 1 / 0)
-    student = StudentFeatures(["conv1"])
+    student = StudentForward(["conv1"])
     student.start(SimpleNamespace(model=model, xb=(x,)))
     with pytest.raises(ZeroDivisionError):
         model(x)

@@ -1,4 +1,4 @@
-"The losses on outputs, against formulas written anew with numpy and scipy, and the laws they keep."
+"What is true of single losses on predictions: the laws they keep, what they refuse."
 
 import re
 from functools import partial
@@ -6,106 +6,18 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.torch_core import TensorBase, TensorCategory, TensorImage
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.special import rel_entr, softmax
-from torch import Tensor
+from test_losses import PREDICTIONS, batch, eighths, f64, law, losses, select, x23, y2
 from torch.testing import assert_close
 
 from fasterai_kd import DIST, DecoupledKD, Logits, Mutual, SoftTarget
 
-law = settings(deadline=None, derandomize=True, max_examples=20)
-f64 = torch.float64
-
-
-# The formulas, for one sample or position: student logits, teacher logits, class
-
-
-def soft_target(s, t, y, T=5.0):
-    return T**2 * rel_entr(softmax(t / T), softmax(s / T)).sum()
-
-
-def mutual(s, t, y):
-    return np.sum(softmax(t) * np.log(softmax(t) / softmax(s)))
-
-
-def logits(s, t, y):
-    return sum((a - b) ** 2 for a, b in zip(s, t, strict=True)) / len(s)
-
-
-def others(z, y):
-    p = softmax(z)
-    return np.delete(p, y) / (1 - p[y])
-
-
-def decoupled(s, t, y, T=4.0, alpha=1.0, beta=8.0):
-    b_s, b_t = softmax(s / T)[y], softmax(t / T)[y]
-    tckd = b_t * np.log(b_t / b_s) + (1 - b_t) * np.log((1 - b_t) / (1 - b_s))
-    return T**2 * (alpha * tckd + beta * rel_entr(others(t / T, y), others(s / T, y)).sum())
-
-
-def normalized(s, t, y, T=4.0, alpha=1.0, beta=8.0, normalize=True):
-    p_s, p_t = softmax(s)[y], softmax(t)[y]
-    return alpha * p_t * np.log(p_t / p_s) + beta * T**2 * rel_entr(others(t / T, y), others(s / T, y)).sum()
-
-
-def z_scored(formula):
-    def standardized(s, t, y, standardize=True, **args):
-        return formula(*((z - z.mean()) / (1e-7 + z.std(ddof=1)) for z in (s, t)), y, **args)
-
-    return standardized
-
-
-def dist(s, t, beta=1.0, gamma=1.0, T=1.0):
-    "For all samples: two tables of logits."
-    p_s, p_t = (softmax(z / T, axis=1) for z in (s, t))
-    rows = [np.corrcoef(a, b)[0, 1] for a, b in zip(p_s, p_t, strict=True)]
-    columns = [np.corrcoef(a, b)[0, 1] for a, b in zip(p_s.T, p_t.T, strict=True)]
-    return T**2 * (beta * (1 - np.mean(rows)) + gamma * (1 - np.mean(columns)))
-
-
-def table(x):
-    "One row for each sample or position."
-    return np.moveaxis(x.numpy(), 1, -1).reshape(-1, x.shape[1])
-
-
-def over_samples(formula, s, t, y, **args):
-    return np.mean([formula(*row, **args) for row in zip(table(s), table(t), y.numpy().ravel(), strict=True)])
-
-
-CASES = {
-    "SoftTarget": (SoftTarget, soft_target, {}),
-    "SoftTarget T=2": (SoftTarget, soft_target, {"T": 2}),
-    "Mutual": (Mutual, mutual, {}),
-    "Logits": (Logits, logits, {}),
-    "DecoupledKD": (DecoupledKD, decoupled, {}),
-    "DecoupledKD T=1": (DecoupledKD, decoupled, {"T": 1, "alpha": 0.5, "beta": 2}),
-    "Normalized KD": (DecoupledKD, normalized, {"normalize": True}),
-    "Normalized KD T=2": (DecoupledKD, normalized, {"normalize": True, "T": 2, "alpha": 3, "beta": 0.5}),
-    "SoftTarget z": (SoftTarget, z_scored(soft_target), {"standardize": True, "T": 2}),
-    "DecoupledKD z": (DecoupledKD, z_scored(decoupled), {"standardize": True}),
-    "Normalized KD z": (DecoupledKD, z_scored(normalized), {"standardize": True, "normalize": True}),
-}
-OVER_THE_BATCH = {"DIST": DIST, "DIST T=4": partial(DIST, beta=0.5, gamma=2.0, T=4.0)}  # not a mean over samples
-Z_SCORED = [name for name in CASES if name.endswith("z")]
-ALL = {name: partial(loss, **args) for name, (loss, _, args) in CASES.items()} | OVER_THE_BATCH
-MEANS = [name for name in CASES if name not in Z_SCORED]
-DIVERGENCES = [name for name in MEANS if "Normalized" not in name]  # zero and smallest at student == teacher
-SOFTMAXES = [name for name in MEANS if name != "Logits"]
-
-formulas = pytest.mark.parametrize(("loss", "formula", "args"), CASES.values(), ids=CASES)
-
-
-def losses(names=tuple(ALL)):
-    return pytest.mark.parametrize("loss", [ALL[name] for name in names], ids=names)
-
-
-def batch(*shape, scale=3.0, **kwargs):
-    rng = torch.Generator().manual_seed(len(shape))
-    s, t = (torch.randn(shape, generator=rng, dtype=f64).mul(scale).to(**kwargs) for _ in "st")
-    return s, t, torch.randint(shape[1], shape[:1] + shape[2:], generator=rng).to(s.device)
+MEANS = {label: case for label, case in PREDICTIONS.items() if case.row.of == "sample"}
+SOFTMAXES = select("SoftTarget", "Mutual", "DecoupledKD", "DIST", standardize=False)
+DIVERGENCES = select("SoftTarget", "Mutual", "Logits", "DecoupledKD", standardize=False, normalize=False)
+Z_SCORED = select("SoftTarget", "DecoupledKD", standardize=True)
 
 
 @st.composite
@@ -115,57 +27,10 @@ def batches(draw, shapes=((1, 2), (4, 3), (3, 6), (2, 3, 2, 2))):
     return s, t, torch.from_numpy(draw(arrays(np.int64, shape[:1] + shape[2:], elements=st.integers(0, shape[1] - 1))))
 
 
-def tables(*shape):
-    "Multiples of 1/8, ties and constant rows among them: of a variance that is 0 or not tiny."
-    return arrays(np.int64, shape, elements=st.integers(-24, 24)).map(lambda a: torch.from_numpy(a).double() / 8)
-
-
 temperatures = st.floats(0.5, 20)
 
 
-# Values and gradients
-
-
-@formulas
-@pytest.mark.parametrize("shape", [(6, 5), (1, 2), (2, 4, 3, 2), (3, 3, 7), (2, 3, 2, 2, 2)], ids=str)
-def test_value_is_the_mean_of_the_formula_over_samples_and_positions(loss, formula, args, shape, device):
-    got = loss(*(x.to(device) for x in batch(*shape)[:2]), target=batch(*shape)[2].to(device), **args)
-    assert got.shape == ()
-    assert got.item() == pytest.approx(over_samples(formula, *batch(*shape), **args), rel=1e-9)
-
-
-@formulas
-def test_float32_is_enough(loss, formula, args, device):
-    s, t, y = batch(6, 5, dtype=torch.float32, device=device)
-    got = loss(s, t, target=y, **args)
-    assert got.dtype == torch.float32
-    assert got.item() == pytest.approx(over_samples(formula, *batch(6, 5), **args), rel=1e-5)
-
-
-@pytest.mark.parametrize("args", [{}, {"beta": 0.5, "gamma": 2.0, "T": 4.0}], ids=str)
-@pytest.mark.parametrize("shape", [(6, 5), (2, 2), (2, 4, 3, 2), (3, 3, 7), (1, 3, 4)], ids=str)
-@pytest.mark.parametrize("dtype", [f64, torch.float32], ids=str)
-def test_dist_is_the_formula_with_a_row_for_each_sample_and_position(args, shape, dtype, device):
-    s, t, _ = batch(*shape, scale=1.0)
-    got = DIST(*(x.to(device, dtype) for x in (s, t)), **args)
-    assert (got.shape, got.dtype) == ((), dtype)
-    assert got.item() == pytest.approx(dist(table(s), table(t), **args), rel=1e-5)  # the 1e-8 in the denominator
-
-
-@losses()
-@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 2, 2)], ids=str)
-def test_gradient_is_the_derivative_of_the_value(loss, shape):
-    s, t, y = batch(*shape, scale=1.0)
-    assert torch.autograd.gradcheck(lambda s: loss(s, t, target=y), s.requires_grad_())
-
-
-@losses()
-@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 2, 2)], ids=str)
-def test_gradient_reaches_every_sample_of_the_student_and_never_the_teacher(loss, shape, device):
-    s, t, y = batch(*shape, device=device)
-    loss(s.requires_grad_(), t.requires_grad_(), target=y).backward()
-    assert (s.grad.abs().sum(1) > 0).all()
-    assert t.grad is None
+# Gradients
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (2, 3, 2, 2)], ids=str)
@@ -191,83 +56,13 @@ def test_a_confident_wrong_student_still_gets_its_gradient(T):
     assert_close(s.grad, torch.cat([torch.full((1, 1), -T), T * among_others], dim=1))
 
 
-@losses()
-@pytest.mark.parametrize("teacher", [-1.0, 0.0, 1.0])
-@pytest.mark.parametrize("size", [100.0, 1e4])
-def test_large_logits_give_finite_values_and_gradients_in_float32(loss, teacher, size):
-    s = (size * torch.tensor([[1.0, -1, 0], [-1, 1, 1]])).requires_grad_()
-    value = loss(s, teacher * s.detach(), target=torch.tensor([0, 0]))
-    value.backward()
-    assert value.isfinite()
-    assert s.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@losses()
-def test_half_precision_is_computed_in_float32(loss, dtype, device):
-    s, t, y = batch(6, 5, scale=300.0, dtype=dtype, device=device)  # squares overflow float16
-    got = loss(s.requires_grad_(), t, target=y)
-    assert got.dtype == torch.float32
-    assert got == loss(s.float(), t.float(), target=y)
-    assert got == loss(s, t.float(), target=y)
-    got.backward()
-    assert s.grad.dtype == dtype
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@losses()
-def test_half_precision_is_close_to_float32(loss, dtype):
-    s, t, y = batch(6, 5)
-    assert loss(s.to(dtype), t.to(dtype), target=y).item() == pytest.approx(loss(s, t, target=y).item(), rel=0.03)
-
-
 # What may be given
-
-
-@losses()
-@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 4, 4)], ids=str)
-def test_tensors_of_fastai_work_and_give_a_plain_tensor(loss, shape):
-    s, t, y = batch(*shape, dtype=torch.float32)
-    s_img = TensorImage(s.clone()).requires_grad_()
-    got = loss(s_img, TensorBase(t), target=TensorCategory(y))
-    assert type(got) is Tensor
-    assert got == loss(s, t, target=y)
-    got.backward()
-    assert s_img.grad.abs().sum() > 0
-
-
-@formulas
-def test_further_keywords_are_ignored_and_partial_sets_arguments(loss, formula, args):
-    s, t, y = batch(4, 3)
-    got = partial(loss, **args)(pred=s, teacher_pred=t, fm_s={}, fm_t={}, target=y, lam=0.3)
-    assert got == loss(s, t, target=y, **args)
 
 
 @pytest.mark.parametrize("loss", [SoftTarget, Mutual, Logits, DIST])
 def test_labels_are_used_by_decoupled_kd_only(loss):
     s, t, y = batch(4, 3)
     assert loss(s, t) == loss(s, t, target=y) == loss(s, t, target=None)
-
-
-@pytest.mark.parametrize("loss", OVER_THE_BATCH.values(), ids=OVER_THE_BATCH)
-def test_dist_ignores_further_keywords(loss):
-    s, t, y = batch(4, 3)
-    assert loss(pred=s, teacher_pred=t, fm_s={}, fm_t={}, target=y, lam=0.3) == loss(s, t)
-
-
-@losses()
-def test_inputs_are_left_as_they_are(loss):
-    given_ = batch(4, 3)
-    loss(*given_[:2], target=given_[2])
-    assert [x._version for x in given_] == [0, 0, 0]
-    assert all(torch.equal(a, b) for a, b in zip(given_, batch(4, 3), strict=True))
-
-
-@losses()
-def test_memory_format_makes_no_difference(loss):
-    s, t, y = batch(2, 3, 4, 5)
-    last = s.contiguous(memory_format=torch.channels_last)
-    assert_close(loss(last, t, target=y), loss(s, t, target=y))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32], ids=str)
@@ -310,7 +105,7 @@ def test_soft_target_at_temperature_one_is_mutual(b):
     assert_close(SoftTarget(*b[:2], T=1), Mutual(*b[:2]))
 
 
-@losses([*SOFTMAXES, *OVER_THE_BATCH])
+@losses(SOFTMAXES)
 @law
 @given(batches(), st.floats(-30, 30), st.floats(-30, 30))
 def test_a_constant_added_to_all_logits_of_a_sample_changes_nothing(loss, b, c, d):
@@ -319,7 +114,7 @@ def test_a_constant_added_to_all_logits_of_a_sample_changes_nothing(loss, b, c, 
     assert_close(loss(s + c * shift, t + d, target=y), loss(s, t, target=y))
 
 
-@losses()
+@losses(PREDICTIONS)
 @law
 @given(batches(), st.randoms(use_true_random=False))
 def test_order_of_samples_and_of_classes_makes_no_difference(loss, b, random):
@@ -329,7 +124,7 @@ def test_order_of_samples_and_of_classes_makes_no_difference(loss, b, random):
     assert_close(loss(*moved, target=classes.argsort()[y[samples]]), loss(s, t, target=y))
 
 
-@losses(MEANS + Z_SCORED)
+@losses(MEANS)
 @law
 @given(batches())
 def test_loss_of_a_batch_is_the_mean_of_the_losses_of_its_samples(loss, b):
@@ -337,7 +132,7 @@ def test_loss_of_a_batch_is_the_mean_of_the_losses_of_its_samples(loss, b):
     assert_close(loss(*b[:2], target=b[2]), torch.stack(each).mean())
 
 
-@losses(MEANS + Z_SCORED)
+@losses(MEANS)
 @law
 @given(batches(((2, 3, 2, 2),)), st.integers(1, 3))
 def test_dense_outputs_are_averaged_over_positions_so_their_number_makes_no_difference(loss, b, n):
@@ -394,14 +189,14 @@ def test_reduction_none_gives_one_value_a_sample_and_their_mean_is_the_loss(norm
 
 
 @law
-@given(tables(5, 4), tables(5, 4), st.floats(0.1, 1), st.booleans())
+@given(eighths(5, 4), eighths(5, 4), st.floats(0.1, 1), st.booleans())
 def test_dist_does_not_see_a_positive_affine_change_of_the_probabilities(s, t, a, student):
     mixed = [(a * z.softmax(1) + (1 - a) / 4).log() if of == student else z for of, z in ((True, s), (False, t))]
     assert_close(DIST(*mixed), DIST(s, t), atol=1e-5, rtol=0)
 
 
 @law
-@given(tables(5, 4), tables(5, 4), st.floats(0, 4), st.floats(0, 4), temperatures)
+@given(eighths(5, 4), eighths(5, 4), st.floats(0, 4), st.floats(0, 4), temperatures)
 def test_dist_lies_between_0_and_twice_its_weights_and_is_linear_in_them(s, t, beta, gamma, T):
     got = DIST(s, t, beta, gamma, T)
     assert -1e-9 <= got <= 2 * (beta + gamma) * T**2 + 1e-9
@@ -428,7 +223,7 @@ def test_dist_of_one_sample_correlates_its_classes_and_adds_a_constant():
     assert_close(grad, expected)
 
 
-@losses([*Z_SCORED, *OVER_THE_BATCH])
+@losses(Z_SCORED | select("DIST"))
 @pytest.mark.parametrize("constant", [0.0, 0.1, 100.1])
 @pytest.mark.parametrize("dtype", [torch.float32, f64], ids=str)
 def test_a_student_that_gives_all_classes_the_same_logit_gets_a_finite_gradient(loss, constant, dtype):
@@ -442,15 +237,15 @@ def test_a_student_that_gives_all_classes_the_same_logit_gets_a_finite_gradient(
 
 @losses(Z_SCORED)
 @law
-@given(tables(4, 5), tables(4, 5), st.floats(0.5, 10), st.floats(0.5, 10), st.floats(-9, 9), st.floats(-9, 9))
+@given(eighths(4, 5), eighths(4, 5), st.floats(0.5, 10), st.floats(0.5, 10), st.floats(-9, 9), st.floats(-9, 9))
 def test_standardized_losses_see_neither_scale_nor_shift_of_the_logits_of_a_sample(loss, s, t, a, b, c, d):
     y, rows = torch.tensor([0, 1, 2, 4]), torch.linspace(1, 2, 4, dtype=f64)[:, None]
     assert_close(loss(a * rows * s + c * rows, b * t + d, target=y), loss(s, t, target=y), atol=1e-5, rtol=0)
 
 
-@losses(["SoftTarget z", "DecoupledKD z"])
+@losses(select("SoftTarget", "DecoupledKD", standardize=True, normalize=False))
 @law
-@given(tables(4, 5), tables(4, 5), st.floats(0.5, 10))
+@given(eighths(4, 5), eighths(4, 5), st.floats(0.5, 10))
 def test_standardized_divergence_is_never_negative_and_zero_where_the_student_is_a_scaled_teacher(loss, s, t, a):
     y = torch.tensor([0, 1, 2, 4])
     assert loss(s, t, target=y) >= -1e-9
@@ -466,33 +261,6 @@ def test_standardized_is_the_loss_of_z_scores_of_any_temperature_and_reduction()
 
 
 # Errors
-
-x23, y2 = torch.zeros(2, 3), torch.zeros(2, dtype=torch.long)
-
-
-@pytest.mark.parametrize("loss", [SoftTarget, Mutual, Logits, DecoupledKD, DIST])
-@pytest.mark.parametrize(
-    "shape", [(2, 4), (1, 3), (3,), (2, 1), (4, 3), (2, 3, 1), (1, 2, 3)], ids=lambda shape: f"teacher {shape}"
-)
-def test_unequal_shapes_are_refused_and_never_broadcast(loss, shape):
-    expected = rf"{loss.__name__} .*student gives {re.escape('(2, 3)')}, the teacher {re.escape(str(shape))}"
-    with pytest.raises(ValueError, match=expected):
-        loss(x23, torch.zeros(shape), target=y2)
-
-
-@pytest.mark.parametrize("loss", [SoftTarget, Mutual, Logits, DecoupledKD, DIST])
-def test_outputs_that_are_no_tensors_are_refused(loss):
-    with pytest.raises(TypeError, match=rf"{loss.__name__} .*student's output is a tuple"):
-        loss((x23, x23), x23, target=y2)
-    with pytest.raises(TypeError, match=rf"{loss.__name__} .*teacher's output is a dict"):
-        loss(x23, {"out": x23}, target=y2)
-
-
-@pytest.mark.parametrize("loss", [SoftTarget, DecoupledKD, DIST])
-@pytest.mark.parametrize("T", [0, -1.0, float("nan")])
-def test_a_temperature_that_is_not_positive_is_refused(loss, T):
-    with pytest.raises(ValueError, match=rf"{loss.__name__} needs a finite temperature T > 0, got {T}"):
-        loss(x23, x23, T=T, target=y2)
 
 
 @pytest.mark.parametrize("loss", [SoftTarget, Mutual, DecoupledKD, DIST])
@@ -539,11 +307,6 @@ def test_labels_that_are_not_one_tensor_are_refused():
     z = torch.randn(2, 3)
     with pytest.raises(TypeError, match="DecoupledKD needs one tensor of labels, got a tuple"):
         DecoupledKD(z, z, target=(torch.tensor([0, 1]), torch.tensor([0, 1])))
-
-
-def test_an_infinite_temperature_is_refused():
-    with pytest.raises(ValueError, match="finite temperature"):
-        SoftTarget(torch.randn(2, 3), torch.randn(2, 3), T=float("inf"))
 
 
 @pytest.mark.parametrize("loss", [SoftTarget, Mutual, DecoupledKD], ids=lambda f: f.__name__)

@@ -309,7 +309,7 @@ def test_a_copy_has_options_of_its_own_and_shares_model_and_cache(teacher, kind)
     made = Teacher([teacher, Net()] if kind == "ensemble" else teacher, cache=True)
     copied = copy.deepcopy(made)
     if kind == "callback":
-        copied = copy.deepcopy(KnowledgeDistillationCallback(made, SoftTarget))._teacher
+        copied = copy.deepcopy(KnowledgeDistillationCallback(made, SoftTarget))._distiller.teacher
     assert copied is not made
     assert copied.members[0].model is teacher
     assert copied.cache is made.cache

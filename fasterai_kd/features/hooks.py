@@ -7,14 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from fastai.learner import Learner
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._modules import find_layer, is_compiled
 from .._tensors import only_tensor, plain
 
-__all__ = ["FeatureHooks", "StudentFeatures", "warn_if_fixed"]
+__all__ = ["FeatureHooks", "warn_if_fixed"]
 
 
 class FeatureHooks:
@@ -112,97 +111,6 @@ class FeatureHooks:
                 "but not in the first one, so its features are lost: name another layer"
             )
         self._overwritten[key] = overwritten
-
-
-class StudentFeatures:
-    """Features of the student's layers in the learner's own forward: `start` before it, `pop` after it.
-
-    A pre-hook on the model that the learner calls knows the learner's inputs by identity and puts the layers' hooks on;
-    a forward hook takes them off, also after an exception. The two go with `pop`, `stop`, or the model's next forward.
-    """
-
-    def __init__(self, names: Sequence[str]):
-        self.hooks = FeatureHooks(names, "student")
-        self._handles: list[RemovableHandle] = []
-        self._learn: Learner = None
-        self._eager: _Eager | None = None
-
-    def start(
-        self,
-        learn: Learner,
-        eager: bool = False,  # run a compiled student uncompiled, also without layers
-    ) -> None:
-        "Wait for the learner's forward."
-        self.stop()
-        model = learn.model
-        if self.hooks.names and isinstance(model, nn.DataParallel) and len(model.device_ids) > 1:
-            raise ValueError("layers cannot be compared in DataParallel's replicas: use learn.distrib_ctx() instead")
-        if (self.hooks.names or eager) and is_compiled(model):
-            self._eager = _Eager(model)
-        if self.hooks.names:
-            self._learn = learn
-            self._handles = [model.register_forward_pre_hook(self._before_forward)]
-
-    def pop(self) -> dict[str, Tensor]:
-        "The features by name."
-        features = self.hooks.pop()
-        self.stop()
-        return features
-
-    def stop(self) -> None:
-        "Remove the hooks and drop the features."
-        self._take_off()
-        self.hooks.clear()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        "A model copied or saved while it is hooked has hooks that do nothing."
-        return StudentFeatures, ((),)
-
-    def _before_forward(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.hooks.are_on:  # in a forward that Ctrl-C ended
-            self.stop()
-        elif self._learn is None:  # the learner's own forward is done
-            self._take_off()
-        elif len(args) == len(self._learn.xb) and all(a is b for a, b in zip(args, self._learn.xb, strict=True)):
-            self.hooks.put_on(model)
-            self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
-
-    def _after_forward(self, *args: Any) -> None:
-        self._learn = None
-        self.hooks.take_off()
-
-    def _take_off(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if self._eager is not None:
-            self._eager.undo()
-        self._handles, self._learn, self._eager = [], None, None
-        self.hooks.take_off()
-
-
-class _Eager:
-    """Lets a compiled model run uncompiled until `undo`.
-
-    The process-wide stance of torch.compile is set within the forward alone, so no exception leaves it behind.
-    """
-
-    def __init__(self, model: nn.Module):
-        self._model, self._call = model, model._compiled_call_impl
-        self._own = vars(model).get("forward")  # of torch.compile(model)
-        model._compiled_call_impl = None  # of model.compile()
-        model.forward = partial(_run_eagerly, model.forward)
-
-    def undo(self) -> None:
-        self._model._compiled_call_impl = self._call
-        if self._own is None:
-            del self._model.forward
-        else:
-            self._model.forward = self._own
-
-
-def _run_eagerly(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    with torch.compiler.set_stance("force_eager"):
-        return forward(*args, **kwargs)
 
 
 def warn_if_fixed(features: Mapping[str, Tensor]) -> None:

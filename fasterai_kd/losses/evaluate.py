@@ -85,27 +85,37 @@ class LossEvaluator:
         pct: float,  # share of the training done
         adapt: Adapt | None = None,
         class_dim: int = 1,  # where the predictions have their classes
+        labeled: int | None = None,  # how many samples, the first ones, have labels; None: all
     ) -> dict[str, Tensor]:
         """The values by name. A part whose weight is 0 by now has none.
 
-        The first batch computes all parts nevertheless, so that mistakes show.
+        The first batch computes all parts nevertheless, so that mistakes show. Parts that use labels see the samples
+        that have some.
         """
-        outputs = {name: x if isinstance(x, dict) else plain(x) for name, x in outputs.items()}
-        y, over_classes, labels = plain(y), outputs, plain(y)
-        if class_dim != 1:  # as rows, which is faster; mixed samples must stay together
-            arrange = partial(classes_first, dim=class_dim) if mix is not None else as_rows
-            over_classes = outputs | {who: arrange(outputs.get(who)) for who in ("pred", "teacher_pred")}
-            labels = y if mix is not None else y.flatten()
+        outputs, y = {name: x if isinstance(x, dict) else plain(x) for name, x in outputs.items()}, plain(y)
         values = {}
         for p in self.parts:
-            weight = p.weight_at(pct)
+            weight, given = p.weight_at(pct), outputs
+            if labeled is not None and "target" in self._params[p.name]:
+                if not labeled:
+                    continue
+                given = {name: _take_first(x, labeled) for name, x in outputs.items()}
             if weight or not self._checked:
-                given = (over_classes, labels) if trait(p.loss, "over_classes") else (outputs, y)
-                value = self._value(p, *given, mix, adapt)
+                value = self._value(p, *self._arranged(p, given, y, class_dim, mix), mix, adapt)
             if weight:
                 values[p.name] = weight * value
         self._checked = True
         return values
+
+    def _arranged(
+        self, part: Part, outputs: dict[str, Any], y: Any, class_dim: int, mix: MixHandler | None
+    ) -> tuple[dict[str, Any], Any]:
+        "With the classes in dim 1 for a loss over classes: as rows, which is faster; mixed samples must stay together."
+        if class_dim == 1 or not trait(part.loss, "over_classes"):
+            return outputs, y
+        arrange = partial(classes_first, dim=class_dim) if mix is not None else as_rows
+        labels = y.flatten() if mix is None and isinstance(y, Tensor) else y
+        return outputs | {who: arrange(outputs.get(who)) for who in ("pred", "teacher_pred")}, labels
 
     def _value(
         self, part: Part, outputs: dict[str, Any], y: Any, mix: MixHandler | None, adapt: Adapt | None
@@ -149,6 +159,10 @@ def mix_of(learn: Learner) -> MixHandler | None:
     "MixUp or CutMix, while it mixes the task loss."
     mix = getattr(learn.loss_func, "__self__", None)
     return mix if isinstance(mix, MixHandler) else None
+
+
+def _take_first(x: Any, n: int) -> Any:
+    return {name: fm[:n] for name, fm in x.items()} if isinstance(x, dict) else x[:n] if isinstance(x, Tensor) else x
 
 
 def _check_layers(student: Sequence[str], teacher: Sequence[str], loss_params: dict[str, bool]) -> None:

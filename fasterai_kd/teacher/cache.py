@@ -25,8 +25,8 @@ OVERHEAD = 300  # bytes in memory of a key and what belongs to it
 TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2  # of the largest value: a batch of other samples rounds otherwise
 
 Outputs = dict[str, Tensor]
-AUGMENTED = """since random augmentation or mixing makes others of them each time: use the cache with \
-deterministic transforms, or with a few fixed views of each image as items"""
+AUGMENTED = """since random augmentation or mixing makes others of them each time: give `fit` the callback \
+RepeatedViews(2), or use deterministic transforms"""
 
 
 class TeacherCache:
@@ -101,8 +101,9 @@ class TeacherCache:
         "Is there enough to write?"
         return self._waiting > FLUSH
 
-    def begin_fit(self) -> None:
+    def begin_fit(self, views: int = 1) -> None:
         "The data may be others now, the disk have room, the teacher other attributes: try again, and look again."
+        self._views, self._epochs = views, 0
         self._off = self._augmented = self._full = False
         self._limit = int(min(self.size * 2**30, 2**62))
         self._before = 0  # samples in the last epoch of training
@@ -251,7 +252,9 @@ class TeacherCache:
         self._count_memory()
 
     def _end_training(self) -> None:
-        had_chance = self._before >= self._seen / 2  # a schedule may let the teacher rest in part of an epoch
+        self._epochs += 1  # of training
+        repeats = self._epochs > self._views  # each image has so many views
+        had_chance = repeats and self._before >= self._seen / 2  # a schedule may rest in part of an epoch
         if had_chance and self._found < 0.05 * self._seen and not self._augmented:
             self._augmented = True
             self._drop_training()
@@ -278,9 +281,9 @@ def as_cache(
     "The cache that the user means; ValueError for one that belongs to another teacher."
     if cache is None or cache is False:
         return None
-    if not isinstance(cache, (bool, str, Path, TeacherCache)):
-        raise TypeError(f"cache must be True, the path of a folder or a TeacherCache, got {cache!r}")
-    if not isinstance(cache, TeacherCache):
+    if isinstance(cache, (bool, str, Path)):
         cache = TeacherCache(None if isinstance(cache, bool) else cache)
+    if not isinstance(cache, TeacherCache):
+        raise TypeError(f"cache must be True, the path of a folder or a TeacherCache, got {cache!r}")
     cache.belong_to(model)
     return cache

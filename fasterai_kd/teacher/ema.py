@@ -44,7 +44,7 @@ class EMATeacher(Teacher):
         self._student: Any = None  # a weak reference
         self._init_state()
 
-    def begin_fit(self, student: nn.Module) -> None:
+    def begin_fit(self, student: nn.Module, views: int = 1) -> None:
         "Another student than before gets another average."
         if self._student is None or self._student() is not student:
             self._average = self.model = None

@@ -23,10 +23,10 @@ class Ensemble(Teacher):
     def members(self) -> list[Teacher]:
         return [member for teacher in self._members for member in teacher.members]
 
-    def begin_fit(self, student: nn.Module) -> None:
-        super().begin_fit(student)
+    def begin_fit(self, student: nn.Module, views: int = 1) -> None:
+        super().begin_fit(student, views)
         for teacher in self._members:
-            teacher.begin_fit(student)
+            teacher.begin_fit(student, views)
 
     def begin_epoch(self, training: bool) -> None:
         super().begin_epoch(training)

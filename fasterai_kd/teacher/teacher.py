@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from fastai.learner import Learner, load_learner
 from torch import Tensor, nn
 
 from .._modules import evaluating, keeps_state
@@ -18,6 +17,7 @@ from ._fingerprint import fingerprint
 from ._packing import PREDICTIONS
 from .cache import TeacherCache, as_cache
 from .inputs import transformed
+from .source import load_source
 
 __all__ = ["Teacher"]
 
@@ -90,8 +90,6 @@ class Teacher:
         self.tfm, self.dtype = tfm, dtype
         self._init_state()
         self._take(source)
-        if any(p.is_meta for p in self.model.parameters()):
-            raise ValueError("the teacher has no weights, it is on the device 'meta': load it first")
         self.cache = as_cache(cache, self.members[0].model)
         if self.cache is not None and keeps_state(self.model):
             raise ValueError(
@@ -139,7 +137,11 @@ class Teacher:
 
     # The course of a fit
 
-    def begin_fit(self, student: nn.Module) -> None:
+    def begin_fit(
+        self,
+        student: nn.Module,
+        views: int = 1,  # of each image, after which augmentation repeats itself
+    ) -> None:
         "Raise if teacher and student are one model, or train the same parameters."
         own = {id(m) for m in self.model.modules()} | {id(p) for p in self.model.parameters() if p.requires_grad}
         if id(student) in own:
@@ -151,7 +153,7 @@ class Teacher:
             )
         self._looked = False
         if self.cache is not None:
-            self.cache.begin_fit()
+            self.cache.begin_fit(views)
 
     def begin_epoch(self, training: bool) -> None:
         "A recurrent model forgets its state, as fastai resets the student's; are the weights still the same?"
@@ -206,18 +208,8 @@ class Teacher:
         self._fingerprint, self._looked, self._is_half = "", False, False
 
     def _take(self, source: Any) -> None:
-        if isinstance(source, (str, Path)):
-            source = _load(source)
-        if isinstance(source, Learner):
-            has_data = len(getattr(source.dls, "loaders", ()))
-            self.vocab = getattr(source.dls, "vocab", None) if has_data else None
-            source = source.model
-        if not isinstance(source, nn.Module):
-            raise TypeError(
-                "teacher must be a model (nn.Module), a Learner, the path of an exported Learner, a list of these, a "
-                f"Teacher or an EMATeacher, got a {type(source).__name__}"
-            )
-        self.model = source
+        self.model, dls = load_source(source)
+        self.vocab = getattr(dls, "vocab", None) if len(getattr(dls, "loaders", ())) else None
 
     @torch.no_grad()
     def _run(self, xb: Sequence[Any], layers: Sequence[str], class_dim: int) -> TeacherOutput:
@@ -262,17 +254,6 @@ class Teacher:
 def as_teacher(source: Any) -> Teacher:
     "A `Teacher` as it is, or one of a model, a Learner, a path or a list."
     return source if isinstance(source, Teacher) else Teacher(source)
-
-
-def _load(path: str | Path) -> Learner:
-    try:
-        learner = load_learner(path)
-        _ = learner.model
-        return learner
-    except AttributeError as e:
-        raise TypeError(
-            f"{path} is not an exported Learner ({e}); create it with learn.export(), not learn.save()"
-        ) from e
 
 
 def device_of(xb: Sequence[Any]) -> torch.device | None:
