@@ -15,7 +15,7 @@ _WRAPPERS = (nn.DataParallel, DistributedDataParallel)
 def unwrap(model: nn.Module) -> nn.Module:
     "The user's model inside DataParallel, DistributedDataParallel and torch.compile."
     while True:
-        inner = model.module if isinstance(model, _WRAPPERS) else model._modules.get("_orig_mod")
+        inner = model.module if isinstance(model, _WRAPPERS) else getattr(model, "_orig_mod", None)
         if inner is None:
             return model
         model = inner

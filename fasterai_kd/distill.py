@@ -1,12 +1,15 @@
 "One call for those who do not want to choose."
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import listify, patch
+from fastcore.foundation import L
 from torch import Tensor, nn
 
 from ._class_axis import class_dim, index_labels
@@ -15,6 +18,8 @@ from ._modules import evaluating
 from ._tensors import predictions, shape_of
 from .distillation_callback import KnowledgeDistillationCallback
 from .losses import Attention, Logits, SoftTarget
+from .losses._traits import name_of, parameters_of
+from .losses.combine import parts_of
 from .losses.matching import LayerPairs, match_feature_layers
 from .teacher.teacher import Teacher, as_teacher
 
@@ -26,45 +31,84 @@ Choice = tuple[Callable[..., Tensor], dict[str, Any], str]  # loss, arguments of
 @patch  # type: ignore[untyped-decorator]
 def distill(
     self: Learner,
-    teacher: Any,  # model, Learner, path of an exported Learner, or a list of these
-    epochs: int,  # of `fit_one_cycle`
-    lr: float | None = None,  # highest learning rate; None: the Learner's own
-    **kwargs: Any,  # for `fit_one_cycle`
+    teacher: Any,  # model, Learner, path of an exported Learner, a list of these, or `Teacher(...)`
+    epochs: int,  # of training; after `freeze_epochs` if given
+    lr: float | None = None,  # highest learning rate; None: the Learner's own, of `fine_tune` 2e-3
+    *,
+    unlabeled: Any = None,  # images without labels to learn from too: a DataLoader, or a list of files
+    loss: Callable[..., Tensor] | None = None,  # None: picked
+    weight: float | str = "auto",  # of the distillation loss; without labels 1
+    freeze_epochs: int | None = None,  # for a pretrained student: `fine_tune`, with the body frozen for so many epochs
+    **kwargs: Any,  # of the callback, such as `schedule`, and of `fit_one_cycle` or `fine_tune`, such as `wd`
 ) -> KnowledgeDistillationCallback:
-    """`fit_one_cycle` with a teacher: picks the loss, its layers and its weight, and says which and why.
+    """Trains the student with a teacher: picks the loss, its layers and its weight, and prints which and why.
 
     `SoftTarget` where student and teacher predict the same classes, `Logits` where they predict the same numbers,
-    `Attention` on the pairs of `match_feature_layers` where only their features can be compared; `weight="auto"`.
+    `Attention` on the pairs of `match_feature_layers` where only their features can be compared. The progress table
+    shows task and distillation loss beside the metrics.
 
-    Returns the callback, with its `history`. Raises ValueError where nothing can be compared.
+    Returns the callback, with its `history`. Raises TypeError for unknown arguments, ValueError where nothing can be
+    compared, and for a Learner that has a distillation callback already.
     """
-    teacher = as_teacher(teacher)
-    loss, layers, why = _choose(self, teacher)
-    print(f"distill with {loss.__name__}, since {why}")
-    kd = KnowledgeDistillationCallback(teacher, loss, **layers, weight="auto")
-    self.fit_one_cycle(epochs, lr, cbs=[kd, *listify(kwargs.pop("cbs", None))], **kwargs)
+    if any(isinstance(cb, KnowledgeDistillationCallback) for cb in self.cbs):
+        raise ValueError(
+            "the Learner has a KnowledgeDistillationCallback already, and their losses would be blended twice: use "
+            "`fit`, or remove it with learn.remove_cb(KnowledgeDistillationCallback)"
+        )
+    teacher, cbs = as_teacher(teacher), listify(kwargs.pop("cbs", None))
+    options = {name: kwargs.pop(name) for name in _OPTIONS & kwargs.keys()}
+    fit = partial(self.fit_one_cycle, epochs, lr)
+    if freeze_epochs is not None:
+        fit = partial(self.fine_tune, epochs, 2e-3 if lr is None else lr, freeze_epochs)
+    inspect.signature(fit).bind(**kwargs)
+    xb, y = _sample(self)
+    if loss is None:
+        loss, layers, why = _choose(self, teacher, xb, y)
+        why = f", since {why}"
+    else:
+        layers, why = _layers_for(loss, self, teacher, xb) if "activations_student" not in options else {}, ""
+    if y is None and weight == "auto":
+        weight = 1.0  # there is no other loss to balance
+    kd = KnowledgeDistillationCallback(teacher, loss, weight=weight, unlabeled=unlabeled, **{**layers, **options})
+    print(f"distill with {name_of(loss)}{why}")
+    metrics = self.metrics
+    self.metrics = metrics + L(kd.metrics)
+    try:
+        fit(cbs=[kd, *cbs], **kwargs)
+    finally:
+        self.metrics = metrics
     return kd
 
 
 describe_parameters(Learner.distill)
+_OPTIONS = {"activations_student", "activations_teacher", "schedule", "task_weight", "distill_valid", "adapter"}
 
 
-def _choose(learn: Learner, teacher: Teacher) -> Choice:
+def _choose(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], y: Any) -> Choice:
     if teacher.model is None:
         raise TypeError("an average of the student has yet to be made: give it to KnowledgeDistillationCallback")
-    xb, y = _sample(learn)
     with torch.no_grad(), evaluating(learn.model):
         pred = predictions(learn.model(*xb), "the student")
     y = index_labels(y, pred)
     dim = class_dim(pred, y, learn.loss_func)
     teacher_pred = teacher.forward(xb, class_dim=dim).pred
     if pred.shape != teacher_pred.shape:
-        pairs = _pairs(learn, teacher.model, xb, f"{shape_of(pred)} and {shape_of(teacher_pred)}")
-        layers = {"activations_student": pairs["student"], "activations_teacher": pairs["teacher"]}
-        return Attention, layers, f"their predictions differ, {shape_of(pred)} and {shape_of(teacher_pred)}:\n{pairs}"
-    if _are_classes(pred, y):
+        shapes = f"{shape_of(pred)} and {shape_of(teacher_pred)}"
+        pairs = _pairs(learn, teacher.model, xb, shapes)
+        return Attention, _layers(pairs), f"their predictions differ, {shapes}:\n{pairs}"
+    if _are_classes(pred, y) or (y is None and pred.ndim > 1 and pred.shape[1] > 1):
         return SoftTarget, {}, f"both predict the same {pred.shape[dim]} classes"
     return Logits, {}, f"both predict the same numbers, {shape_of(pred)}"
+
+
+def _layers_for(loss: Callable[..., Any], learn: Learner, teacher: Teacher, xb: tuple[Any, ...]) -> dict[str, Any]:
+    "The pairs of layers for a loss that cannot do without."
+    needs = [p for p in parts_of(loss) if p.pairs is None and parameters_of(p.loss).get("fm_s")]
+    return _layers(match_feature_layers(learn.model, teacher.model, xb)) if needs else {}
+
+
+def _layers(pairs: LayerPairs) -> dict[str, Any]:
+    return {"activations_student": pairs["student"], "activations_teacher": pairs["teacher"]}
 
 
 def _are_classes(pred: Tensor, y: Any) -> bool:
@@ -81,6 +125,7 @@ def _sample(learn: Learner) -> tuple[tuple[Any, ...], Any]:
         loader = dls.valid if n_valid else dls.train
         batch = loader.one_batch() if hasattr(loader, "one_batch") else next(iter(loader))
     batch = to_device(batch, next((p.device for p in learn.model.parameters()), None))
+    batch = (batch,) if isinstance(batch, Tensor) else batch
     n_inp = getattr(dls, "n_inp", max(1, len(batch) - 1))
     return batch[:n_inp], batch[n_inp] if len(batch) > n_inp else None
 

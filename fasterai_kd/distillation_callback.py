@@ -11,7 +11,7 @@ from fastcore.basics import listify
 from torch import Tensor, nn
 
 from .distiller import Distiller
-from .history import LossHistory
+from .history import LossHistory, check_nested
 from .losses._checks import total
 from .losses.matching import get_model_layers, get_module_by_name, match_feature_layers
 from .teacher.teacher import as_teacher
@@ -78,9 +78,12 @@ class KnowledgeDistillationCallback(Callback):
         if sum(cb is self for cb in self.learn.cbs) > 1:
             raise ValueError("this callback is in the Learner already: give it to the Learner or to `fit`, not to both")
         teacher = self._distiller.teacher
-        users = [cb for cb in self.learn.cbs if isinstance(cb, KnowledgeDistillationCallback)]
-        if teacher and not teacher.is_fixed and sum(cb._distiller.teacher is teacher for cb in users) > 1:
+        others = [cb for cb in self.learn.cbs if isinstance(cb, KnowledgeDistillationCallback) and cb is not self]
+        if teacher and not teacher.is_fixed and any(cb._distiller.teacher is teacher for cb in others):
             raise ValueError("two callbacks would update one EMATeacher twice a step: give each its own")
+        if any(cb.loss is self.loss and cb.teacher is self.teacher is not None for cb in others):
+            warnings.warn("two distillation callbacks with the same teacher and loss: both are blended", stacklevel=2)
+        check_nested(self.learn.metrics)
         self._read_attributes()
         self._distiller.begin_fit(self.learn)
 
@@ -126,7 +129,7 @@ class KnowledgeDistillationCallback(Callback):
             if self.training and parts and self._weighting.measuring and not self._distiller.no_labels:
                 self._weighting.measure(self.learn.loss_grad, kd, self.learn.model)
                 self.current_weight = self._weighting.at(self._pct())
-            self._distiller.watch(kd)
+            self._distiller.watch(kd, self.training and bool(parts))
         if self._active or self._rests:
             self.learn.loss_grad = self._weighting.blend(self.learn.loss_grad, kd, self.current_weight)
             self.learn.loss = self.learn.loss_grad.clone()

@@ -1,5 +1,6 @@
 "The distillation loss of a batch: what student and teacher make of it, and how the loss compares them."
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,6 @@ from .features.student import StudentForward
 from .history import LossHistory, check_metrics
 from .losses.evaluate import LossEvaluator, mix_of
 from .teacher.teacher import Teacher, TeacherOutput
-from .teacher.vocab import check_vocab
 
 __all__ = ["Distiller"]
 
@@ -56,6 +56,8 @@ class Distiller:
         "The loss and the layers that it compares; ValueError for what this teacher cannot give."
         self.evaluator = LossEvaluator(loss, student, teacher)
         self._student = StudentForward(self.evaluator.student)
+        if self.adapters.make is not None and not self.evaluator.takes_adapters:
+            warnings.warn("no loss here compares features of equal shapes: the adapter is not used", stacklevel=2)
         why = self.teacher and self.teacher.why_no_raw_outputs
         if why and self.evaluator.any("raw_outputs"):
             raise ValueError(f"{why}, but the loss compares raw outputs: use SoftTarget")
@@ -63,7 +65,7 @@ class Distiller:
     def begin_fit(self, learn: Learner) -> None:
         "Do teacher, student, loss and data go together?"
         trial = hasattr(learn, "lr_finder")
-        self.checked, self._class_dim = False, 1
+        self.checked, self._warned, self._class_dim = False, False, 1
         self.adapters.begin_fit(trial)
         self._extra.begin_fit(self.modules, trial)
         if self._unlabeled is not None:
@@ -74,8 +76,7 @@ class Distiller:
         self.teacher.begin_fit(student, next((cb.k for cb in learn.cbs if isinstance(cb, RepeatedViews)), 1))
         self.teacher.find_layers(self.evaluator.teacher, student)
         self._student.hooks.layers(learn.model)
-        if self.evaluator.names("teacher_pred"):
-            check_vocab(self.teacher, learn.dls)
+        self.teacher.meet_data(learn.dls, self.evaluator.names("teacher_pred"))
         self.evaluator.to_device_of(student)
 
     def start(
@@ -108,7 +109,7 @@ class Distiller:
         self.restore_task_loss(learn)
         batches = student_batches(learn, self._student, self._more)
         if learn.training and not self.checked:
-            warn_if_fixed(batches[0].features)
+            self._warned = warn_if_fixed(batches[0].features)
         self._class_dim = class_dim(learn.pred, learn.y, learn.loss_func, self._class_dim)
         values = [self._evaluate(learn, batch, pct) for batch in batches]
         self.checked = True
@@ -126,15 +127,19 @@ class Distiller:
         teacher_pred = None if not reads else out.output if whole else out.pred
         if batch.labeled != 0:
             own = take_first(teacher_pred, size_of(learn.xb), len(batch))
-            self._history.compare(classes_first(plain(learn.pred), dim), classes_first(own, dim), plain(y))
+            ignored = getattr(learn.loss_func, "ignore_index", None)
+            self._history.compare(classes_first(plain(learn.pred), dim), classes_first(own, dim), plain(y), ignored)
         outputs = {"pred": batch.pred, "teacher_pred": teacher_pred, "fm_s": batch.features, "fm_t": out.features}
         with torch.autocast(learn.loss_grad.device.type, enabled=False):
             adapt = self.adapters.of(learn.model, self.teacher.model)
             mix = mix_of(learn) if learn.training else None
             return self.evaluator.evaluate(outputs, y, mix, pct, adapt, dim, batch.labeled)
 
-    def watch(self, kd: Tensor) -> None:
+    def watch(self, kd: Tensor, training: bool) -> None:
         "Is the distillation loss finite? To be read later: the device is not waited for."
+        if training and not kd.requires_grad and not self._warned:
+            self._warned = True
+            warnings.warn("the distillation loss has no gradient: the student does not learn from it", stacklevel=2)
         self._is_finite = DeferredBool(torch.isfinite(kd.detach()))
 
     def check_finite(self, learn: Learner) -> None:

@@ -1,5 +1,6 @@
 "The losses of each step, and how student and teacher agree: the history and the metrics."
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from typing import Any
@@ -34,16 +35,34 @@ class LossHistory:
         self._last: dict[str, Tensor] = {}
         self._compared: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def compare(self, pred: Any, teacher_pred: Any, target: Any) -> None:
+    def compare(
+        self,
+        pred: Any,
+        teacher_pred: Any,
+        target: Any,
+        ignored: int | None = None,  # label that does not count
+    ) -> None:
         "Note what is to be seen of the classes that student and teacher predict."
         self._compared = {}
         if not self.compares:
             return
         student, teacher = (_classes(x, whose) for x, whose in ((pred, "student"), (teacher_pred, "teacher")))
+        if pred.shape[1] != teacher_pred.shape[1]:
+            raise ValueError(
+                f"agreement needs the same classes, the student has {pred.shape[1]} and the teacher "
+                f"{teacher_pred.shape[1]}: leave this metric out"
+            )
+        void = _void(target, ignored, teacher)
         if "agreement" in self.compares:
-            self._compared["agreement"] = _hits("agreement", teacher, student)
+            self._compared["agreement"] = _hits("agreement", teacher, student, void)
         if "teacher_accuracy" in self.compares:
-            self._compared["teacher_accuracy"] = _hits("teacher_accuracy", teacher, target, teacher_pred.shape[1])
+            outside = _outside(target, pred.shape[1], teacher)
+            self._compared["teacher_accuracy"] = _hits("teacher_accuracy", teacher, target, void | outside)
+
+    @property
+    def in_fit(self) -> bool:
+        "Is there a batch of a fit?"
+        return bool(self._last)
 
     def record(
         self,
@@ -83,7 +102,7 @@ class LossHistory:
 
     def metrics(self, names: Sequence[str]) -> list[AvgMetric]:
         "Means over the samples, of these."
-        return [_LossMetric(self._metric(name)) for name in names]
+        return [_LossMetric(self._metric(name), self) for name in names]
 
     def share(self, name: str) -> AvgMetric:
         "Of 'agreement' or 'teacher_accuracy'."
@@ -108,8 +127,27 @@ def check_metrics(metrics: Sequence[Any]) -> None:
         )
 
 
+def check_nested(metrics: Sequence[Any]) -> None:
+    "TypeError for `metrics=[kd.metrics]`, which fastai finds after the first epoch."
+    if any(isinstance(getattr(m, "func", None), (list, tuple)) for m in metrics):
+        raise TypeError("one of the Learner's metrics holds a list: write metrics=[accuracy, *kd.metrics]")
+
+
 class _LossMetric(AvgMetric):
-    "Of a loss."
+    "Of a loss; a warning where its callback is not in the fit."
+
+    def __init__(self, func: Any, history: LossHistory):
+        super().__init__(func)
+        self._history, self._warned = history, False
+
+    def accumulate(self, learn: Learner) -> None:
+        if not self._history.in_fit and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the metric {self.name} is of a distillation callback that is not in this fit: it shows nan",
+                stacklevel=2,
+            )
+        super().accumulate(learn)
 
 
 class _Share(AvgMetric):
@@ -135,10 +173,26 @@ def _classes(output: Any, whose: str) -> Tensor:
     return output.detach().argmax(1)
 
 
-def _hits(name: str, predicted: Tensor, classes: Any, n: int | None = None) -> tuple[Tensor, Tensor]:
-    "How many samples, or positions, are equal, and of how many; with `n` of those whose class is one of `n`."
+def _fits(target: Any, predicted: Tensor) -> bool:
+    return isinstance(target, Tensor) and target.numel() == predicted.numel()
+
+
+def _void(target: Any, ignored: int | None, predicted: Tensor) -> Tensor:
+    "Which samples, or positions, have the label that does not count?"
+    if ignored is None or not _fits(target, predicted):
+        return torch.zeros_like(predicted, dtype=torch.bool)
+    return (target == ignored).view_as(predicted)
+
+
+def _outside(target: Any, n: int, predicted: Tensor) -> Any:
+    "Which labels are none of the `n` classes?"
+    return ((target < 0) | (target >= n)).view_as(predicted) if _fits(target, predicted) else False
+
+
+def _hits(name: str, predicted: Tensor, classes: Any, void: Any) -> tuple[Tensor, Tensor]:
+    "How many samples, or positions, are equal, and of how many; without the void ones."
     if not isinstance(classes, Tensor) or classes.numel() != predicted.numel():
         got = shape_of(classes) if isinstance(classes, Tensor) else type(classes).__name__
         raise ValueError(f"{name} compares classes {shape_of(predicted)}, got {got}")
-    counted = torch.ones_like(classes, dtype=torch.bool) if n is None else (classes >= 0) & (classes < n)
-    return (predicted == classes.view_as(predicted)).sum().float(), counted.sum().float()
+    counted = ~void.view_as(predicted)
+    return ((predicted == classes.view_as(predicted)) & counted).sum().float(), counted.sum().float()

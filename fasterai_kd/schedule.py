@@ -128,6 +128,11 @@ def factor_at(schedule: Any, pct: float) -> float:
     return float(getattr(schedule, "progress", schedule)(pct))
 
 
+def is_pure(schedule: Any) -> bool:
+    "A `Schedule` or one of fastai's: functions of one's own may count how often they are called."
+    return isinstance(schedule, Schedule) or type(schedule).__module__ == "fastai.callback.schedule"
+
+
 def check_schedule(schedule: Any) -> None:
     "None, a `Schedule` or a function; TypeError for anything else."
     if schedule is None:

@@ -9,7 +9,7 @@ from fastai.torch_core import rank_distrib
 from torch import Tensor, nn
 
 from ._modules import unwrap
-from .schedule import Schedule, check_schedule, factor_at
+from .schedule import check_schedule, factor_at, is_pure
 
 __all__ = ["AutoWeight", "Weighting", "check_weights"]
 
@@ -30,7 +30,7 @@ class Weighting:
         self.task_weight = 0.5 if auto and task_weight is None else task_weight
         self.schedule, self._weight = schedule, weight
         self.auto = AutoWeight(self.task_weight) if auto and self.task_weight is not None else None
-        if isinstance(schedule, Schedule):  # functions of one's own may count how often they are called
+        if is_pure(schedule):
             for percent in range(101):
                 self.at(percent / 100)
 

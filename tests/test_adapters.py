@@ -286,6 +286,7 @@ def test_in_a_combined_loss_only_parts_that_need_equal_shapes_are_adapted_and_ea
     assert list(kd.adapters) == ["layer1->layer1", "layer1->conv1"]
 
 
+@pytest.mark.filterwarnings("ignore:no loss here compares", "ignore:.* reads no layers")
 @pytest.mark.parametrize("loss", [Attention, Similarity, RKD, PKT, SoftTarget], ids=lambda f: f.__name__)
 def test_a_loss_that_takes_unequal_channels_gets_no_adapter(make_learner, wide, loss):
     kd = auto(wide, loss)
@@ -293,6 +294,7 @@ def test_a_loss_that_takes_unequal_channels_gets_no_adapter(make_learner, wide, 
     assert len(kd.adapters) == 0
 
 
+@pytest.mark.filterwarnings("ignore:no loss here compares")
 def test_a_loss_of_ones_own_gets_equal_shapes_unless_it_says_that_it_takes_others(make_learner, wide):
     seen = []
 

@@ -420,7 +420,7 @@ def test_several_students_share_a_cache_by_sharing_the_teacher(teacher):
         pass
 
     mine, calls = Teacher(teacher, cache=True), counted(teacher)
-    cbs = [KnowledgeDistillationCallback(mine, SoftTarget), Second(mine, SoftTarget, weight=0.1)]
+    cbs = [KnowledgeDistillationCallback(mine, SoftTarget), Second(mine, partial(SoftTarget, T=2), weight=0.1)]
     learn = Learner(loader(), Net(), loss_func=CrossEntropyLossFlat())
     with learn.no_bar(), learn.no_logging():
         learn.fit(3, 0.05, cbs=cbs)

@@ -199,6 +199,7 @@ def saved_for_backward(learn, *cbs):
     return saved.sizes
 
 
+@pytest.mark.filterwarnings("ignore:.* reads no layers")
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("loss", REGISTRY.values())
 def test_a_step_saves_for_backward_what_the_student_and_the_loss_need_and_nothing_of_the_teacher(

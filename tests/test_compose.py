@@ -519,7 +519,7 @@ def test_a_compiled_student_leaves_the_process_as_it_was(make_learner, teacher, 
             raise end("x")
 
     student = Net()
-    cbs = [kind(teacher, Attention, *PAIRS) for kind in (KnowledgeDistillationCallback, Second)]
+    cbs = [KnowledgeDistillationCallback(teacher, Attention, *PAIRS), Second(teacher, FitNet, *PAIRS)]
     learn = make_learner(torch.compile(student, backend="eager"), cbs=cbs)
     if where == "student":
         student.head.register_forward_hook(stop)

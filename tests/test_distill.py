@@ -1,15 +1,20 @@
 "`learn.distill`: what it chooses, that it says so, and that it is nothing but the callback and fit_one_cycle."
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import CLASSES, IMAGES, First, Net, Several, hooks, same, state
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from fastai.torch_core import params
 from torch import nn
 
-from fasterai_kd import Attention, EMATeacher, KnowledgeDistillationCallback, Logits, SoftTarget
+from fasterai_kd import Attention, EMATeacher, FitNet, KnowledgeDistillationCallback, Logits, SoftTarget
+from fasterai_kd.schedule import cos
 
 
 def quiet(learn):
@@ -91,6 +96,71 @@ def test_callbacks_and_arguments_of_fit_one_cycle_are_handed_on(make_learner, te
     learn.distill(teacher, 1, cbs=Callback(after_batch=lambda self: seen.append(1)), pct_start=0.5)
     assert seen
     assert learn.recorder.hps["lr"]
+
+
+def test_options_of_the_callback_are_handed_on_and_unknown_ones_refused_before_anything_is_printed(
+    make_learner, teacher, capsys
+):
+    learn = make_learner(Net())
+    kd = learn.distill(teacher, 1, weight=0.3, schedule=cos, distill_valid=False, wd=0.1)
+    assert (kd.weight, kd.schedule, kd.distill_valid) == (0.3, cos, False)
+    capsys.readouterr()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'wieght'"):
+        learn.distill(teacher, 1, wieght=0.3)
+    with pytest.raises(ValueError, match="weight must be between 0 and 1, got 3"):
+        learn.distill(teacher, 1, weight=3)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_loss_of_ones_choice_gets_the_layers_that_it_needs(make_learner, teacher, capsys):
+    kd = make_learner(Net()).distill(teacher, 1, loss=FitNet)
+    assert kd.activations_teacher == ["conv1", "layer1", "layer2"]
+    kd = make_learner(Net()).distill(teacher, 1, loss=partial(SoftTarget, T=2), weight=0.5)
+    assert kd.activations_student is None
+    assert capsys.readouterr().out.splitlines()[-1] == "distill with SoftTarget"
+
+
+def test_with_freeze_epochs_it_is_fine_tune(make_learner, teacher):
+    def learner():
+        torch.manual_seed(5)
+        return make_learner(Net(), splitter=lambda m: [params(m.conv1), params(m.layer1), params(m.head)])
+
+    a, b, kw = learner(), learner(), {"weight": 0.5}
+    torch.manual_seed(0)
+    a.distill(teacher, 2, 1e-2, freeze_epochs=1, **kw)
+    torch.manual_seed(0)
+    b.fine_tune(2, 1e-2, 1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget, **kw))
+    assert same(state(a.model), state(b.model))
+
+
+def test_the_table_shows_task_and_distillation_loss_and_the_learner_keeps_its_metrics(make_learner, teacher):
+    learn = make_learner(Net())
+    before = list(learn.metrics)
+    learn.distill(teacher, 1)
+    assert learn.recorder.metric_names[3:-1] == ["accuracy", "task_loss", "kd_loss"]
+    assert list(learn.metrics) == before
+
+
+def test_unlabeled_images_are_handed_on(make_learner, teacher):
+    learn, seen = make_learner(Net()), []
+    teacher.register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    loader = DataLoader([(x,) for x in IMAGES[:8]], bs=4, device=torch.device("cpu"))
+    learn.distill(teacher, 1, unlabeled=loader)
+    assert seen[1:5] == [8] * 4
+
+
+def test_without_labels_the_teacher_alone_trains(teacher, capsys):
+    loaders = [torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES), batch_size=4) for _ in range(2)]
+    learn = quiet(Learner(DataLoaders(*loaders), Net(), loss_func=CrossEntropyLossFlat()))
+    kd = learn.distill(teacher, 1)
+    assert (kd.loss, kd.weight) == (SoftTarget, 1.0)
+    assert set(kd.history["task_loss"]) == {0.0}
+
+
+def test_a_learner_that_distills_already_is_refused(make_learner, teacher):
+    learn = make_learner(Net(), cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    with pytest.raises(ValueError, match="has a KnowledgeDistillationCallback already, and their losses would"):
+        learn.distill(teacher, 1)
 
 
 @pytest.mark.parametrize("kind", ["Learner", "list"])

@@ -579,6 +579,7 @@ def test_metrics_work_on_the_training_set_and_show_nan_where_the_teacher_did_not
     assert valid_kd != valid_kd
 
 
+@pytest.mark.filterwarnings("ignore:the metric .* is of a distillation callback that is not in this fit")
 def test_metrics_of_a_fit_without_the_callback_are_nan_not_those_of_the_last_fit_with_it(make_learner, teacher):
     kd = kd_for(teacher, SoftTarget)
     learn = make_learner(metrics=kd.metrics)

@@ -36,6 +36,7 @@ def test_the_notebook_runs(path, tmp_path, monkeypatch):
     nb = read(path)
     at = next(i for i, c in enumerate(nb.cells) if "parameters" in c.metadata.get("tags", []))
     nb.cells.insert(at + 1, nbformat.v4.new_code_cell(FAST[path.stem]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "examples"))  # they run in another folder here
     monkeypatch.setenv("FASTAI_HOME", str(make_pets_home(tmp_path)))
     NotebookClient(nb, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
 

@@ -33,13 +33,20 @@ def test_every_relative_link_leads_somewhere():
 
 def test_the_code_runs_in_the_order_of_the_page(make_learner, dls, teacher):
     diff, *rest = blocks("diff") + blocks("python")
-    assert len(rest) == 5
-    small = {"10, 1e-3": "1, 1e-3", "num_classes=2": "num_classes=4", "224": "16", "Learner(dls": "learner(dls"}
+    assert len(rest) == 6
+    small = {
+        "10, 1e-3": "1, 1e-3",
+        "num_classes=2": "num_classes=4",
+        "224": "16",
+        "Learner(dls": "learner(dls",
+        'get_image_files("photos")': "list(range(8))",
+    }
     space = {"dls": dls, "teacher": make_learner(resnet18(num_classes=4))}
     space["learner"] = lambda dls, model, metrics: make_learner(model, metrics=metrics)
     for code in (after(diff), *rest):
         for old, new in small.items():
             code = code.replace(old, new)
+        space["student"] = make_learner(resnet18(num_classes=4))
         exec(code, space)
         space["student"].fit(1, 1e-3, cbs=space["kd"])
         assert len(space["kd"].history["kd_loss"]) == 4

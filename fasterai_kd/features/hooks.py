@@ -113,11 +113,13 @@ class FeatureHooks:
         self._overwritten[key] = overwritten
 
 
-def warn_if_fixed(features: Mapping[str, Tensor]) -> None:
-    "Of the student: can any of its layers learn?"
-    if features and not any(fm.requires_grad for fm in features.values()):
+def warn_if_fixed(features: Mapping[str, Tensor]) -> bool:
+    "Of the student: can none of its layers learn?"
+    fixed = bool(features) and not any(fm.requires_grad for fm in features.values())
+    if fixed:
         warnings.warn(
             f"the student's layers {', '.join(features)} cannot learn from the teacher: they are frozen, or inside "
             "torch.utils.checkpoint with use_reentrant=True (set it to False)",
             stacklevel=2,
         )
+    return fixed

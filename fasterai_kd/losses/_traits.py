@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
-from functools import partial
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 from torch import nn
@@ -50,10 +50,19 @@ def feature_loss(
 
 
 def _register(loss: Loss, **traits: Any) -> Loss:
-    REGISTRY[name_of(loss)] = loss
-    for name, value in traits.items():
-        setattr(loss, name, value)
-    return loss
+    name = name_of(loss)
+
+    @wraps(loss)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        if not args and not {"pred", "fm_s"} & kwargs.keys():
+            options = "".join(f", {key}={value!r}" for key, value in kwargs.items())
+            raise TypeError(f"{name} got no predictions: to set its options give partial({name}{options})")
+        return loss(*args, **kwargs)
+
+    for trait_name, value in traits.items():
+        setattr(checked, trait_name, value)
+    REGISTRY[name] = checked
+    return checked  # type: ignore[return-value]
 
 
 def trait(
@@ -86,6 +95,11 @@ def name_of(loss: Callable[..., Any]) -> str:
 
 def parameters_of(loss: Callable[..., Any]) -> dict[str, bool]:
     "The named parameters of `loss` → are they required? TypeError if the callback could not call it."
+    if isinstance(loss, (list, tuple, dict)):
+        raise TypeError(
+            f"loss must be one function, got a {type(loss).__name__}: for several losses use "
+            "combine((SoftTarget, 1.0), (Attention, 10.0))"
+        )
     if not callable(loss):
         raise TypeError(f"loss must be a function such as SoftTarget, got {loss!r}")
     signature = inspect.signature(loss.forward if isinstance(loss, nn.Module) else loss)

@@ -1,5 +1,6 @@
 "How the callback calls the distillation loss, whole or in parts."
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from .._class_axis import as_rows, classes_first
 from .._tensors import plain, shape_of
-from ..schedule import Schedule, check_schedule
-from ._traits import parameters_of, trait
+from ..schedule import check_schedule, is_pure
+from ._traits import REGISTRY, function_of, parameters_of, trait
 from .combine import CombinedLoss, Part, parts_of
 
 __all__ = ["LossEvaluator", "mix_of"]
@@ -45,12 +46,27 @@ class LossEvaluator:
         for p in self.parts:
             pairs = p.pairs or own
             check_schedule(p.schedule)
-            if isinstance(p.schedule, Schedule):  # functions of one's own may count how often they are called
+            if is_pure(p.schedule):
                 for percent in range(101):
                     p.weight_at(percent / 100)
             _check_layers(pairs["student"], pairs["teacher"], self._params[p.name])
             together |= dict.fromkeys(zip(pairs["student"], pairs["teacher"], strict=True))
         self.student, self.teacher = ([pair[side] for pair in together] for side in (0, 1))
+        if student and all(
+            function_of(p.loss) in REGISTRY.values() and "fm_s" not in self._params[p.name] for p in self.parts
+        ):
+            warnings.warn(
+                f"{', '.join(p.name for p in self.parts)} reads no layers: those given are not used", stacklevel=2
+            )
+
+    def _may_read_layers(self, part: Part) -> bool:
+        "A function of the user's own may, by **kwargs."
+        return "fm_s" in self._params[part.name] or function_of(part.loss) not in REGISTRY.values()
+
+    @property
+    def takes_adapters(self) -> bool:
+        "Does a part compare features of equal shapes?"
+        return bool(self._adapts)
 
     @property
     def part_names(self) -> list[str]:

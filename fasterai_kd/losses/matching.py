@@ -54,6 +54,11 @@ def match_feature_layers(
     Returns `{"student": [names], "teacher": [names]}`, which prints as a table.
     Raises ValueError if no resolution is shared.
     """
+    if hasattr(sample_input, "one_batch") or hasattr(sample_input, "train"):
+        raise TypeError(
+            f"sample_input is a batch as the models see it, got a {type(sample_input).__name__}: give "
+            "dls.one_batch()[0]"
+        )
     models = [m.model if isinstance(m, Learner) else m for m in (student_model, teacher_model)]
     student, teacher = (_map_shapes(m, sample_input) for m in models)
     by_res_s, by_res_t = _best_by_resolution(student), _best_by_resolution(teacher)

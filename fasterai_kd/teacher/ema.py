@@ -49,6 +49,9 @@ class EMATeacher(Teacher):
         if self._student is None or self._student() is not student:
             self._average = self.model = None
 
+    def meet_data(self, dls: Any, compares_classes: bool) -> None:
+        "It has the student's."
+
     def begin_epoch(self, training: bool) -> None:
         if self.model is not None:
             super().begin_epoch(training)

@@ -28,6 +28,10 @@ class Ensemble(Teacher):
         for teacher in self._members:
             teacher.begin_fit(student, views)
 
+    def meet_data(self, dls: Any, compares_classes: bool) -> None:
+        for teacher in self._members:
+            teacher.meet_data(dls, compares_classes)
+
     def begin_epoch(self, training: bool) -> None:
         super().begin_epoch(training)
         for teacher in self._members:
@@ -59,6 +63,11 @@ class Ensemble(Teacher):
         self.find_layers(layers)
         with self._autocast(xb):
             preds = [teacher.forward(xb, class_dim=class_dim).pred for teacher in self._members]
+        if len({p.shape for p in preds}) > 1:
+            raise ValueError(
+                "the members of an ensemble must predict the same classes, they give "
+                f"{', '.join(map(shape_of, preds))}: give one teacher"
+            )
         if preds[0].ndim < 2 or preds[0].shape[class_dim] < 2:
             raise ValueError(f"an ensemble is of classifiers (B, C), got {shape_of(preds[0])}: give one teacher")
         return TeacherOutput(torch.stack([p.log_softmax(class_dim) for p in preds]).exp().mean(0).log(), {})

@@ -1,10 +1,14 @@
 "The teacher's inputs, made from the student's."
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from fastai.basics import Pipeline, Transform
+from fastai.data.transforms import Normalize
+from fastai.vision.core import TensorImage
 from torch import Tensor
 
 from .._tensors import shape_of, tensors
@@ -15,16 +19,17 @@ Stats = tuple[Any, Any]  # mean and standard deviation of the channels
 
 
 def renormalize(
-    student_stats: Stats,  # mean and standard deviation with which the dataloaders normalize, such as `imagenet_stats`
-    teacher_stats: Stats,  # those with which the teacher was trained
+    student_stats: Stats | Normalize,  # with which the dataloaders normalize: `imagenet_stats`, or their `Normalize`
+    teacher_stats: Stats | Normalize,  # with which the teacher was trained
 ) -> Callable[[Tensor], Tensor]:
     """A `tfm` for images (B, C, H, W): `Teacher(model, tfm=renormalize(imagenet_stats, cifar_stats))`.
 
-    Images of one channel become those of three, all the same, if the teacher has three means.
+    Statistics are pairs of means and standard deviations of the channels. Images of one channel become those of three,
+    all the same, if the teacher has three means.
 
     Raises ValueError for unequal numbers of channels and standard deviations that are not positive.
     """
-    (mean_s, std_s), (mean_t, std_t) = (map(_numbers, stats) for stats in (student_stats, teacher_stats))
+    (mean_s, std_s), (mean_t, std_t) = (map(_numbers, _pair(stats)) for stats in (student_stats, teacher_stats))
     lengths = [len(x) for x in (mean_s, std_s, mean_t, std_t)]
     if lengths[0] != lengths[1] or lengths[2] != lengths[3] or lengths[0] not in (1, lengths[2]):
         raise ValueError(f"renormalize takes two pairs (mean, std) of one length, got lengths {lengths}")
@@ -33,19 +38,59 @@ def renormalize(
     return partial(_scale, (std_s / std_t).tolist(), ((mean_s - mean_t) / std_t).tolist(), lengths[0])
 
 
-def transformed(
-    tfm: Callable[..., Any] | None,
-    xb: Sequence[Any],  # the student's
-) -> Sequence[Any]:
-    "The teacher's inputs; TypeError if `tfm` returns neither a tensor nor a tuple."
-    if tfm is None:
-        return xb
-    with torch.no_grad():
-        inputs = tfm(*xb)
-    inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
-    if next(tensors(inputs), None) is None:
-        raise TypeError(f"tfm must return the teacher's inputs, a tensor or a tuple of them, got {inputs!r}")
-    return inputs
+class InputTransform:
+    """`apply` makes the teacher's inputs from the student's.
+
+    Images come as fastai's `TensorImage`, so that its batch transforms act; those for training act too.
+    """
+
+    def __init__(self, tfm: Any):
+        if isinstance(tfm, (list, tuple)) and all(map(callable, tfm)):
+            tfm = Pipeline(tfm, split_idx=0)
+        if tfm is not None and not callable(tfm):
+            raise TypeError(f"tfm must be a function, the student's inputs → the teacher's, got {tfm!r}")
+        self.tfm, self._checked = tfm, False
+
+    def apply(self, xb: Sequence[Any]) -> Sequence[Any]:
+        "TypeError if `tfm` returns neither a tensor nor a tuple; a warning if it changes nothing."
+        if self.tfm is None:
+            return xb
+        typed = [_as_image(x) for x in xb]
+        with torch.no_grad():
+            if isinstance(self.tfm, Transform):
+                inputs = self.tfm(typed[0] if len(typed) == 1 else tuple(typed), split_idx=0)
+            else:
+                inputs = self.tfm(*typed)
+        inputs = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+        if next(tensors(inputs), None) is None:
+            raise TypeError(f"tfm must return the teacher's inputs, a tensor or a tuple of them, got {inputs!r}")
+        if not self._checked:
+            self._checked = True
+            if _same(typed, inputs):
+                warnings.warn("the teacher's tfm returns its inputs unchanged: does it know their type?", stacklevel=2)
+        return inputs
+
+
+def normalization(dls: Any) -> tuple[list[float], list[float]] | None:
+    "Mean and standard deviation of the channels with which fastai's dataloaders normalize; None where they do not."
+    for tfm in getattr(getattr(dls, "after_batch", None), "fs", ()):
+        if isinstance(tfm, Normalize) and isinstance(tfm.mean, Tensor):
+            return tfm.mean.flatten().tolist(), tfm.std.flatten().tolist()
+    return None
+
+
+def image_size(dls: Any) -> tuple[int, int] | None:
+    "To which fastai's dataloaders bring images, by their last transform with a size."
+    tfms = [t for name in ("after_item", "after_batch") for t in getattr(getattr(dls, name, None), "fs", ())]
+    sizes = [size for t in tfms if (size := getattr(t, "size", None)) is not None]
+    size = sizes[-1] if sizes else None
+    if isinstance(size, int):
+        return size, size
+    return (int(size[0]), int(size[1])) if isinstance(size, (tuple, list)) and len(size) == 2 else None
+
+
+def _pair(stats: Any) -> Any:
+    return (stats.mean, stats.std) if isinstance(stats, Normalize) else stats
 
 
 def _numbers(x: Any) -> Tensor:
@@ -57,3 +102,15 @@ def _scale(scale: Sequence[float], shift: Sequence[float], channels: int, x: Ten
         raise ValueError(f"renormalize expects images (B, {channels}, H, W), got {shape_of(x)}")
     a, b = (x.new_tensor(v).view(-1, 1, 1) for v in (scale, shift))
     return x * a + b
+
+
+def _as_image(x: Any) -> Any:
+    images = type(x) is Tensor and x.ndim == 4 and x.shape[1] in (1, 3) and x.is_floating_point()
+    return x.as_subclass(TensorImage) if images else x
+
+
+def _same(xb: Sequence[Any], inputs: Sequence[Any]) -> bool:
+    return len(xb) == len(inputs) and all(
+        a is b or (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and bool((a == b).all()))
+        for a, b in zip(xb, inputs, strict=True)
+    )

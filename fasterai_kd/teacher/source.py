@@ -1,13 +1,18 @@
 "Where a teacher comes from: a model, a Learner, or a file with one."
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastai.learner import Learner, load_learner
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["Source", "load_source"]
+from .._modules import unwrap
+from .._tensors import shape_of, tensors
+
+__all__ = ["Source", "load_source", "naming_the_teacher", "warn_of_probabilities"]
 
 
 class Source(NamedTuple):
@@ -38,9 +43,36 @@ def load_source(
         ": are `teacher` and `loss` in each other's place?" if callable(source) and not isinstance(source, type) else ""
     )
     raise TypeError(
-        "teacher must be a model (nn.Module), a Learner, the path of an exported Learner, a list of these, a Teacher or "
-        f"an EMATeacher, got a {type(source).__name__}{hint}"
+        "teacher must be a model (nn.Module), a Learner, the path of an exported Learner, a list of these, a Teacher "
+        f"or an EMATeacher, got a {type(source).__name__}{hint}"
     )
+
+
+@contextmanager
+def naming_the_teacher(model: nn.Module, inputs: Sequence[Any]) -> Iterator[None]:
+    "What goes wrong in its forward says whose it is, and what it got."
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as e:
+        if type(e) not in (RuntimeError, ValueError, TypeError, IndexError, AssertionError) or not e.args:
+            raise  # out of memory, say
+        got = ", ".join(shape_of(x) for x in tensors(inputs))
+        raise type(e)(
+            f"the teacher, a {type(unwrap(model)).__name__}, failed on inputs of {got}: {e}. If it needs others than "
+            "the student, give Teacher(..., tfm=...) a function that makes them"
+        ) from e
+
+
+def warn_of_probabilities(output: Any) -> None:
+    "Losses take logits: a softmax of probabilities is nearly flat."
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2 or not output.is_floating_point():
+        return
+    if bool((output >= 0).all() & ((output.float().sum(1) - 1).abs() < 1e-3).all()):
+        warnings.warn(
+            "the teacher's predictions are probabilities: they are positive and sum to 1. Losses take logits: give the "
+            "model without its softmax, or predictions.log() by a Teacher of your own",
+            stacklevel=2,
+        )
 
 
 def _load(path: Path) -> Learner:

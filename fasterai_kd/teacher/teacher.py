@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,9 @@ from ..features.hooks import FeatureHooks
 from ._fingerprint import fingerprint
 from ._packing import PREDICTIONS
 from .cache import TeacherCache, as_cache
-from .inputs import transformed
-from .source import load_source
+from .contract import class_columns, compare_inputs, compare_words, names_of_classes
+from .inputs import InputTransform
+from .source import load_source, naming_the_teacher, warn_of_probabilities
 
 __all__ = ["Teacher"]
 
@@ -63,10 +64,12 @@ class Teacher:
 
     is_fixed = True  # does it stay as it is during a fit?
     model: Any = None
-    vocab: Any = None  # of its data, if it came with them
-    tfm: Callable[..., Any] | None = None
+    dls: Any = None  # its data, if it came with some
+    tfm: Any = None
     dtype: torch.dtype | None = None
     cache: TeacherCache | None = None
+    _columns: list[int] | None
+    _inputs = InputTransform(None)
 
     def __new__(cls, source: Any = None, **kwargs: Any) -> Teacher:
         if cls is Teacher and isinstance(source, (list, tuple)):
@@ -79,15 +82,13 @@ class Teacher:
         self,
         source: Any,  # model, Learner, path of an exported Learner, or a list of these (an ensemble)
         *,
-        tfm: Callable[..., Any] | None = None,  # the student's inputs → the teacher's: size, normalization, ...
+        tfm: Any = None,  # the student's inputs → the teacher's: a function, fastai's batch transforms, a list of them
         dtype: torch.dtype | None = None,  # autocast of the teacher alone; None: as the student
         cache: bool | str | Path | TeacherCache | None = None,  # store outputs by sample: True, or a folder's path
     ):
-        if tfm is not None and not callable(tfm):
-            raise TypeError(f"tfm must be a function, the student's inputs → the teacher's, got {tfm!r}")
         if dtype not in (None, torch.float32, *HALF):
             raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-        self.tfm, self.dtype = tfm, dtype
+        self.tfm, self.dtype, self._inputs = tfm, dtype, InputTransform(tfm)
         self._init_state()
         self._take(source)
         self.cache = as_cache(cache, self.members[0].model)
@@ -107,9 +108,9 @@ class Teacher:
         as_returned: bool = False,  # the model's output as a whole is wanted, not the predictions in it
     ) -> TeacherOutput:
         "Predictions and features of a batch, stored ones where the cache has all of them."
-        xb = transformed(self.tfm, xb)
+        xb = self._inputs.apply(xb)
         if self.cache is None:
-            return self._run(xb, layers, class_dim)
+            return self._picked(self._run(xb, layers, class_dim), class_dim, as_returned or not reads_predictions)
 
         def run() -> dict[str, Tensor]:
             out = self._run(xb, layers, class_dim)
@@ -129,7 +130,8 @@ class Teacher:
         outputs = self.cache.fetch(xb, run, str(how), half)
         if self.cache.is_due:
             self._look_at_weights()
-        return TeacherOutput(outputs.pop(PREDICTIONS, None), outputs)
+        out = TeacherOutput(outputs.pop(PREDICTIONS, None), outputs)
+        return self._picked(out, class_dim, as_returned or not reads_predictions)
 
     def predict(self, *inputs: Any) -> Any:
         "The model's output for prepared inputs."
@@ -151,9 +153,23 @@ class Teacher:
             raise ValueError(
                 f"teacher and student share the trainable parameter {shared!r}: give the student a copy of it"
             )
-        self._looked = False
+        self._looked = self._checked = False
         if self.cache is not None:
             self.cache.begin_fit(views)
+
+    def meet_data(
+        self,
+        dls: Any,  # the student's
+        compares_classes: bool,  # or layers alone?
+    ) -> None:
+        "The student's inputs and classes become the teacher's where their data tell how; a given `tfm` is left alone."
+        if self.tfm is None:
+            self._inputs = InputTransform(compare_inputs(self.model, self.dls, dls))
+        theirs, own = getattr(self.dls, "vocab", None), getattr(dls, "vocab", None)
+        compare_words(theirs, own)
+        (names, sure), (students, _) = names_of_classes(theirs, self.model), names_of_classes(own)
+        compare = compares_classes and names is not None and students is not None
+        self._columns = class_columns(names or [], students or [], sure) if compare else None
 
     def begin_epoch(self, training: bool) -> None:
         "A recurrent model forgets its state, as fastai resets the student's; are the weights still the same?"
@@ -206,18 +222,37 @@ class Teacher:
     def _init_state(self) -> None:
         self._hooks: dict[tuple[str, ...], FeatureHooks] = {}
         self._fingerprint, self._looked, self._is_half = "", False, False
+        self._columns = None  # of the predictions, for the student's classes
+        self._checked = False  # has a batch shown what the predictions are?
 
     def _take(self, source: Any) -> None:
         self.model, dls = load_source(source)
-        self.vocab = getattr(dls, "vocab", None) if len(getattr(dls, "loaders", ())) else None
+        self.dls = dls if len(getattr(dls, "loaders", ())) else None
 
     @torch.no_grad()
     def _run(self, xb: Sequence[Any], layers: Sequence[str], class_dim: int) -> TeacherOutput:
         hooks = self._hooks.setdefault(tuple(layers), FeatureHooks(layers, "teacher"))
         inputs = self._prepare(xb)
-        with evaluating(self.model), self._autocast(inputs), hooks.on(self.model):
+        with (
+            evaluating(self.model),
+            self._autocast(inputs),
+            hooks.on(self.model),
+            naming_the_teacher(self.model, inputs),
+        ):
             output = self.predict(*inputs)
         return TeacherOutput(output, hooks.pop())
+
+    def _picked(self, out: TeacherOutput, class_dim: int, as_it_is: bool) -> TeacherOutput:
+        "With the columns of the student's classes."
+        if as_it_is:
+            return out
+        if not self._checked:
+            self._checked = True
+            warn_of_probabilities(out.output)
+        if self._columns is None:
+            return out
+        columns = torch.tensor(self._columns, device=out.pred.device)
+        return TeacherOutput(out.pred.index_select(class_dim, columns), out.features)
 
     def _prepare(self, xb: Sequence[Any]) -> list[Any]:
         "The inputs in the model's precision; moves the model to them."

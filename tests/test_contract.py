@@ -1,0 +1,302 @@
+"A teacher gets what it was trained on, and mistakes are named with their fix."
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Net, image
+from fastai.callback.schedule import SchedCos
+from fastai.data.core import DataLoaders, Datasets
+from fastai.data.transforms import Categorize, Normalize
+from fastai.learner import Learner
+from fastai.metrics import accuracy
+from fastai.torch_core import TensorImage
+from fastai.vision.augment import RandomResizedCropGPU, Resize, aug_transforms
+from fastai.vision.core import cifar_stats, imagenet_stats
+from torch import nn
+
+from fasterai_kd import *
+
+works = pytest.mark.works
+CPU = torch.device("cpu")
+ANIMALS = ("ape", "bee", "cat", "dog")
+
+
+def as_image(i):
+    return TensorImage(image(i))
+
+
+def animal(i):
+    return ANIMALS[i % 4]
+
+
+def data(tmp_path, *tfms, vocab=ANIMALS):
+    blocks = [[as_image], [animal, Categorize(vocab=vocab, sort=False)]]
+    dsets = Datasets(list(range(24)), blocks, splits=[range(16), range(16, 24)])
+    return dsets.dataloaders(bs=4, num_workers=0, device=CPU, path=tmp_path, shuffle=False, after_batch=list(tfms))
+
+
+def norm(stats):
+    return Normalize.from_stats(*stats, cuda=False)
+
+
+def learner(dls, model=None, **kwargs):
+    learn = Learner(dls, model or Net(), loss_func=F.cross_entropy, **kwargs)
+    learn.logger = lambda *_: None
+    return learn.remove_cb(learn.progress) if hasattr(learn, "progress") else learn
+
+
+def inputs_of(model):
+    seen = []
+    model.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    return seen
+
+
+# --- normalization ---
+
+
+@works("teachers", "a teacher Learner with another Normalize, or none: its inputs are renormalized")
+@pytest.mark.parametrize("kind", ["learner", "exported", "ensemble"])
+@pytest.mark.parametrize(
+    ("theirs", "own"),
+    [(imagenet_stats, cifar_stats), (None, cifar_stats), (imagenet_stats, None), (cifar_stats, cifar_stats)],
+    ids=["other", "none", "student none", "same"],
+)
+def test_a_teacher_learner_sees_the_normalization_that_it_was_trained_with(tmp_path, capsys, kind, theirs, own):
+    teacher = learner(data(tmp_path, *([norm(theirs)] if theirs else [])))
+    student = learner(data(tmp_path, *([norm(own)] if own else [])))
+    expected = next(iter(teacher.dls.train))[0]
+    if kind == "exported":
+        teacher.export()
+        teacher = tmp_path / "export.pkl"
+    kd = KnowledgeDistillationCallback([teacher, Net()] if kind == "ensemble" else teacher, SoftTarget)
+    seen = inputs_of(kd._distiller.teacher.members[0].model)
+    student.fit(1, 0.0, cbs=kd)
+    torch.testing.assert_close(seen[0], expected.as_subclass(torch.Tensor), rtol=1e-4, atol=1e-4)
+    said = capsys.readouterr().out
+    assert said.count("the teacher's inputs are renormalized: mean (") == (theirs != own)
+
+
+def test_a_tfm_that_is_given_is_left_alone(tmp_path, capsys):
+    teacher, student = learner(data(tmp_path, norm(imagenet_stats))), learner(data(tmp_path, norm(cifar_stats)))
+    seen = inputs_of(teacher.model)
+    student.fit(1, 0.0, cbs=KnowledgeDistillationCallback(Teacher(teacher, tfm=lambda x: x * 2), SoftTarget))
+    torch.testing.assert_close(seen[0], 2 * next(iter(student.dls.train))[0].as_subclass(torch.Tensor))
+    assert capsys.readouterr().out == ""
+
+
+def test_another_image_size_is_a_warning(tmp_path):
+    teacher, student = (learner(data(tmp_path, *aug_transforms(size=size))) for size in (8, 16))
+    with pytest.warns(UserWarning, match="trained on images of 8×8, the student's dataloaders give 16×16: if the"):
+        student.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+
+
+def test_timms_config_that_contradicts_the_dataloaders_is_a_warning_with_the_line_that_mends_it(tmp_path):
+    model = Net()
+    model.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    student = learner(data(tmp_path, norm(imagenet_stats)))
+    with pytest.warns(UserWarning, match=r"pretrained_cfg says mean \(0\.5.* give Teacher\(model, tfm=renorm") as seen:
+        student.fit(1, cbs=KnowledgeDistillationCallback(model, SoftTarget))
+    line = str(seen[0].message).split("give ")[1]
+    mended = eval(line, {"Teacher": Teacher, "renormalize": renormalize, "model": model})
+    student.fit(1, cbs=KnowledgeDistillationCallback(mended, SoftTarget))
+    model.pretrained_cfg = dict(zip(("mean", "std"), imagenet_stats, strict=True))
+    student.fit(1, cbs=KnowledgeDistillationCallback(model, SoftTarget))
+
+
+def test_torchs_loaders_tell_nothing_and_nothing_is_changed(teacher, capsys):
+    items = torch.utils.data.TensorDataset(torch.randn(8, 3, 16, 16), torch.arange(8) % 4)
+    dls = DataLoaders(*(torch.utils.data.DataLoader(items, batch_size=4) for _ in range(2)))
+    teacher.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    learner(dls).fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    assert capsys.readouterr().out == ""
+
+
+# --- tfm ---
+
+
+class Same(nn.Module):
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_fastais_batch_transforms_act_as_a_tfm(plain):
+    x = torch.rand(4, 3, 16, 16)
+    given = x if plain else TensorImage(x)
+    out = Teacher(Same(), tfm=norm(imagenet_stats)).forward((given,)).output
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in imagenet_stats)
+    torch.testing.assert_close(out, (x - mean) / std)
+    assert type(out) is torch.Tensor
+    assert Teacher(Same(), tfm=RandomResizedCropGPU(8)).forward((given,)).output.shape == (4, 3, 8, 8)
+    tfms = [*aug_transforms(size=8), norm(imagenet_stats)]
+    ensemble_of_one = Teacher(Same(), tfm=tfms)
+    assert ensemble_of_one.forward((given,)).output.shape == (4, 3, 8, 8)
+
+
+def test_a_tfm_that_changes_nothing_is_pointed_out_once(teacher):
+    source = Teacher(teacher, tfm=Resize(8))  # for items, not for batches
+    with pytest.warns(UserWarning, match="tfm returns its inputs unchanged"):
+        source.forward((torch.rand(2, 3, 16, 16),))
+    source.forward((torch.rand(2, 3, 16, 16),))
+
+
+def test_renormalize_takes_the_transforms_themselves():
+    x = torch.randn(2, 3, 4, 4)
+    expected = renormalize(imagenet_stats, cifar_stats)(x)
+    torch.testing.assert_close(renormalize(norm(imagenet_stats), norm(cifar_stats))(x), expected)
+
+
+# --- classes ---
+
+
+@works("teachers", "classes in another order, or more of them: picked by name")
+@pytest.mark.parametrize("kind", ["learner", "exported", "ensemble", "transformers"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_predictions_are_picked_by_the_names_of_the_classes(tmp_path, capsys, kind, cached):
+    names, seen = ("cat", "eel", "dog", "ape", "bee"), []
+    teacher = learner(data(tmp_path, vocab=names), Net(classes=5))
+    model = teacher.model.eval()
+    if kind == "exported":
+        teacher.export()
+        teacher = tmp_path / "export.pkl"
+    elif kind == "transformers":
+        model.config = type("Config", (), {"id2label": dict(enumerate(names))})()
+        teacher = model
+
+    def loss(pred, teacher_pred, **kwargs):
+        seen.append(teacher_pred)
+        return SoftTarget(pred, teacher_pred)
+
+    student = learner(data(tmp_path), metrics=[accuracy])
+    source = Teacher([teacher] if kind == "ensemble" else teacher, cache=cached)
+    for _ in range(2):
+        student.fit(1, 0.0, cbs=KnowledgeDistillationCallback(source, loss))
+    logits = model(torch.stack([image(i) for i in range(4)])).detach()
+    expected = logits.log_softmax(1)[:, [3, 4, 0, 2]]
+    for got in (seen[0], seen[6]):
+        torch.testing.assert_close(got - got[:, :1], expected - expected[:, :1], rtol=1e-4, atol=1e-5)
+    assert "picked by the names of the classes: columns 3, 4, 0, 2 of 5" in capsys.readouterr().out
+
+
+def test_a_class_that_the_teacher_lacks_is_an_error(tmp_path):
+    teacher = learner(data(tmp_path))
+    blocks = [[as_image], [lambda i: ("ape", "emu")[i % 2], Categorize()]]
+    student = learner(Datasets(list(range(8)), blocks).dataloaders(bs=4, num_workers=0, device=CPU), Net(classes=2))
+    with pytest.raises(ValueError, match="does not know the student's class 'emu'; its classes are ape, bee, cat, dog"):
+        student.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+
+
+def test_made_up_labels_of_a_transformers_config_are_not_compared(tmp_path):
+    model = Net()
+    model.config = type("Config", (), {"id2label": {i: f"LABEL_{i}" for i in range(4)}})()
+    learner(data(tmp_path)).fit(1, cbs=KnowledgeDistillationCallback(model, SoftTarget))
+
+
+# --- mistakes ---
+
+
+def test_probabilities_in_the_place_of_logits_are_pointed_out(make_learner, teacher):
+    kd = KnowledgeDistillationCallback(nn.Sequential(teacher, nn.Softmax(1)), SoftTarget)
+    with pytest.warns(UserWarning, match="the teacher's predictions are probabilities: .* without its softmax"):
+        make_learner().fit(1, cbs=kd)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, TypeError])
+def test_an_error_in_the_teacher_says_whose_it_is_and_what_it_got(make_learner, teacher, error):
+    def fail(*args):
+        raise error("bad size")
+
+    teacher.conv1.register_forward_pre_hook(fail)
+    with pytest.raises(error, match=r"the teacher, a Net, failed on inputs of \(4, 3, 16, 16\): bad size\. .*tfm="):
+        make_learner().fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda t: (t.state_dict(), SoftTarget), TypeError, r"got a OrderedDict of \d+ entries: if it is a state dict"),
+        (lambda t: ("nowhere.pkl", SoftTarget), FileNotFoundError, "there is no file 'nowhere.pkl'"),
+        (lambda t: (SoftTarget, t), TypeError, "are `teacher` and `loss` in each other's place"),
+        (lambda t: (t, SoftTarget(T=4)), TypeError, r"got no predictions: .* give partial\(SoftTarget, T=4\)"),
+        (lambda t: (t, partial(SoftTarget, temperature=4)), TypeError, "no argument 'temperature': It has T, standard"),
+        (lambda t: (t, [SoftTarget, Attention]), TypeError, r"for several losses use combine\(\(SoftTarget, 1\.0\),"),
+        (lambda t: (t, {"a": SoftTarget}), TypeError, "for several losses use combine"),
+        (
+            lambda t: (t, SoftTarget, None, None, 0.5, SchedCos(0, 3)),
+            ValueError,
+            r"got 1\.\d+ at .* where the schedule",
+        ),
+    ],
+)
+def test_mistakes_are_named_at_once_with_the_fix(teacher, make, error, text):
+    with pytest.raises(error, match=text):
+        KnowledgeDistillationCallback(*make(teacher))
+
+
+def test_members_of_an_ensemble_predict_the_same_classes(make_learner, teacher):
+    kd = KnowledgeDistillationCallback([teacher, Net(classes=5)], SoftTarget)
+    with pytest.raises(ValueError, match=r"must predict the same classes, they give \(4, 4\), \(4, 5\)"):
+        make_learner().fit(1, cbs=kd)
+
+
+def test_layers_are_matched_on_a_batch_not_on_dataloaders(teacher, student, dls):
+    with pytest.raises(TypeError, match=r"sample_input is a batch .* give dls\.one_batch\(\)\[0\]"):
+        match_feature_layers(student, teacher, dls)
+
+
+def test_a_list_among_the_metrics_is_an_error_before_the_first_batch(make_learner, teacher):
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    with pytest.raises(TypeError, match=r"holds a list: write metrics=\[accuracy, \*kd\.metrics\]"):
+        make_learner(metrics=[kd.metrics]).fit(1, cbs=kd)
+
+
+def test_metrics_of_a_callback_that_is_not_in_the_fit_are_pointed_out(make_learner, teacher):
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    with pytest.warns(UserWarning, match="metric kd_loss is of a distillation callback that is not in this fit"):
+        make_learner(metrics=kd.metrics[1]).fit(1)
+
+
+def test_the_same_teacher_and_loss_in_two_callbacks_is_pointed_out(make_learner, teacher):
+    learn = make_learner(cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    with pytest.warns(UserWarning, match="two distillation callbacks with the same teacher and loss"):
+        learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"activations_student": "conv1", "activations_teacher": "conv1"}, "SoftTarget reads no layers: those given"),
+        ({"adapter": "auto"}, "no loss here compares features of equal shapes: the adapter is not used"),
+    ],
+)
+def test_what_a_loss_does_not_use_is_pointed_out(teacher, kwargs, text):
+    with pytest.warns(UserWarning, match=text):
+        KnowledgeDistillationCallback(teacher, SoftTarget, **kwargs)
+
+
+def test_a_loss_without_a_gradient_is_pointed_out(make_learner, teacher):
+    kd = KnowledgeDistillationCallback(teacher, lambda pred, **kwargs: pred.detach().mean())
+    with pytest.warns(UserWarning, match="the distillation loss has no gradient"):
+        make_learner().fit(1, cbs=kd)
+
+
+# --- agreement ---
+
+
+def test_agreement_of_unequal_classes_is_an_error(make_learner):
+    kd = KnowledgeDistillationCallback(Net(classes=5), lambda pred, **kwargs: pred.mean())
+    with pytest.raises(ValueError, match="agreement needs the same classes, the student has 4 and the teacher 5"):
+        make_learner(metrics=kd.agreement).fit(1, cbs=kd)
+
+
+def test_labels_that_the_task_loss_ignores_do_not_count(make_learner, teacher):
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    learn = make_learner(loss_func=nn.CrossEntropyLoss(ignore_index=2), metrics=[kd.agreement, kd.teacher_accuracy])
+    learn.fit(1, 0.0, cbs=kd)
+    x, y = (torch.cat(z).as_subclass(torch.Tensor) for z in zip(*learn.dls.valid, strict=True))
+    s, t = (m.eval()(x).argmax(1)[y != 2] for m in (learn.model, teacher))
+    expected = [(s == t).float().mean().item(), (t == y[y != 2]).float().mean().item()]
+    np.testing.assert_allclose(list(learn.recorder.values[-1])[2:], expected, rtol=1e-6)
