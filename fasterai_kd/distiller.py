@@ -28,7 +28,8 @@ from .features.hooks import warn_if_fixed
 from .features.student import StudentForward
 from .history import LossHistory, check_metrics
 from .losses.evaluate import LossEvaluator, mix_of
-from .teacher.teacher import Teacher, TeacherOutput
+from .teacher.output import TeacherOutput
+from .teacher.teacher import Teacher
 
 __all__ = ["Distiller"]
 

@@ -272,18 +272,3 @@ class TeacherCache:
         if what not in self._warned:
             self._warned.add(what)
             warnings.warn(message, stacklevel=2)
-
-
-def as_cache(
-    cache: Any,  # True, the path of a folder, a TeacherCache; None or False
-    model: torch.nn.Module,  # the teacher's
-) -> TeacherCache | None:
-    "The cache that the user means; ValueError for one that belongs to another teacher."
-    if cache is None or cache is False:
-        return None
-    if isinstance(cache, (bool, str, Path)):
-        cache = TeacherCache(None if isinstance(cache, bool) else cache)
-    if not isinstance(cache, TeacherCache):
-        raise TypeError(f"cache must be True, the path of a folder or a TeacherCache, got {cache!r}")
-    cache.belong_to(model)
-    return cache

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .._tensors import shape_of
-from .teacher import Teacher, TeacherOutput, as_teacher
+from .output import TeacherOutput
+from .teacher import Teacher, as_teacher
 
 __all__ = ["Ensemble"]
 

@@ -1,18 +1,18 @@
 "Where a teacher comes from: a model, a Learner, or a file with one."
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastai.learner import Learner, load_learner
-from torch import Tensor, nn
+from torch import nn
 
 from .._modules import unwrap
 from .._tensors import shape_of, tensors
+from .cache import TeacherCache
 
-__all__ = ["Source", "load_source", "naming_the_teacher", "warn_of_probabilities"]
+__all__ = ["Source", "as_cache", "load_source", "naming_the_teacher"]
 
 
 class Source(NamedTuple):
@@ -63,16 +63,19 @@ def naming_the_teacher(model: nn.Module, inputs: Sequence[Any]) -> Iterator[None
         ) from e
 
 
-def warn_of_probabilities(output: Any) -> None:
-    "Losses take logits: a softmax of probabilities is nearly flat."
-    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2 or not output.is_floating_point():
-        return
-    if bool((output >= 0).all() & ((output.float().sum(1) - 1).abs() < 1e-3).all()):
-        warnings.warn(
-            "the teacher's predictions are probabilities: they are positive and sum to 1. Losses take logits: give the "
-            "model without its softmax, or predictions.log() by a Teacher of your own",
-            stacklevel=2,
-        )
+def as_cache(
+    cache: Any,  # True, the path of a folder, a TeacherCache; None or False
+    model: nn.Module,  # the teacher's
+) -> TeacherCache | None:
+    "The cache that the user means; ValueError for one that belongs to another teacher."
+    if cache is None or cache is False:
+        return None
+    if isinstance(cache, (bool, str, Path)):
+        cache = TeacherCache(None if isinstance(cache, bool) else cache)
+    if not isinstance(cache, TeacherCache):
+        raise TypeError(f"cache must be True, the path of a folder or a TeacherCache, got {cache!r}")
+    cache.belong_to(model)
+    return cache
 
 
 def _load(path: Path) -> Learner:

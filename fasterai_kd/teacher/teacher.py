@@ -5,42 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._modules import evaluating, keeps_state
-from .._tensors import map_tensors, plain, predictions, tensors
+from .._tensors import map_tensors, plain, tensors
 from ..features.hooks import FeatureHooks
 from ._fingerprint import fingerprint
 from ._packing import PREDICTIONS
-from .cache import TeacherCache, as_cache
+from .cache import TeacherCache
 from .contract import class_columns, compare_inputs, compare_words, names_of_classes
 from .inputs import InputTransform
-from .source import load_source, naming_the_teacher, warn_of_probabilities
+from .output import TeacherOutput, warn_of_probabilities
+from .source import as_cache, load_source, naming_the_teacher
 
 __all__ = ["Teacher"]
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-class TeacherOutput(NamedTuple):
-    "What a teacher gives for a batch."
-
-    output: Any  # what its model returned; from a cache the predictions in it
-    features: dict[str, Tensor]  # by layer
-
-    @property
-    def pred(self) -> Tensor:
-        "The predictions, one tensor in float32."
-        pred: Tensor = plain(predictions(self.output))
-        return pred
-
-    def fault(self) -> str | None:
-        "Which part has nan or inf?"
-        outputs = [*self.features.items(), *(("predictions", x) for x in tensors(self.output))]
-        return next((name for name, x in outputs if not torch.isfinite(x).all()), None)
 
 
 class Teacher:
@@ -249,10 +232,7 @@ class Teacher:
         if not self._checked:
             self._checked = True
             warn_of_probabilities(out.output)
-        if self._columns is None:
-            return out
-        columns = torch.tensor(self._columns, device=out.pred.device)
-        return TeacherOutput(out.pred.index_select(class_dim, columns), out.features)
+        return out if self._columns is None else out.pick(self._columns, class_dim)
 
     def _prepare(self, xb: Sequence[Any]) -> list[Any]:
         "The inputs in the model's precision; moves the model to them."

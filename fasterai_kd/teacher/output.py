@@ -1,0 +1,47 @@
+"What a teacher gives for a batch."
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._tensors import plain, predictions, tensors
+
+__all__ = ["TeacherOutput", "warn_of_probabilities"]
+
+
+class TeacherOutput(NamedTuple):
+    "What a teacher gives for a batch."
+
+    output: Any  # what its model returned; from a cache the predictions in it
+    features: dict[str, Tensor]  # by layer
+
+    @property
+    def pred(self) -> Tensor:
+        "The predictions, one tensor in float32."
+        pred: Tensor = plain(predictions(self.output))
+        return pred
+
+    def fault(self) -> str | None:
+        "Which part has nan or inf?"
+        outputs = [*self.features.items(), *(("predictions", x) for x in tensors(self.output))]
+        return next((name for name, x in outputs if not torch.isfinite(x).all()), None)
+
+    def pick(self, columns: Sequence[int], class_dim: int) -> "TeacherOutput":
+        "With these classes alone."
+        index = torch.tensor(columns, device=self.pred.device)
+        return TeacherOutput(self.pred.index_select(class_dim, index), self.features)
+
+
+def warn_of_probabilities(output: Any) -> None:
+    "Losses take logits: a softmax of probabilities is nearly flat."
+    if not isinstance(output, Tensor) or output.ndim != 2 or output.shape[1] < 2 or not output.is_floating_point():
+        return
+    if bool((output >= 0).all() & ((output.float().sum(1) - 1).abs() < 1e-3).all()):
+        warnings.warn(
+            "the teacher's predictions are probabilities: they are positive and sum to 1. Losses take logits: give the "
+            "model without its softmax, or predictions.log() by a Teacher of your own",
+            stacklevel=2,
+        )
