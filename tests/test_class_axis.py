@@ -1,7 +1,6 @@
 "Classes in the last dimension, as of language models, and labels with a dimension of size 1, as of tabular data."
 
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from torch import nn
 
 from fasterai_kd import *
 from fasterai_kd._class_axis import class_dim
-from fasterai_kd.history import LossHistory
 
 CLASSES = 5
 OVER_CLASSES = [SoftTarget, DecoupledKD, Mutual, DIST]
