@@ -15,7 +15,7 @@ from .teacher import Teacher, as_teacher
 __all__ = ["Ensemble"]
 
 
-class Ensemble(Teacher):
+class Ensemble(Teacher, of_lists=True):
     "Several classifiers as one: the mean of their probabilities, as log-probabilities. `Teacher([a, b])` makes one."
 
     why_no_raw_outputs = "an ensemble gives log-probabilities"

@@ -53,13 +53,15 @@ class Teacher:
     cache: TeacherCache | None = None
     _columns: list[int] | None
     _inputs = InputTransform(None)
+    _of_lists: type[Teacher]
+
+    def __init_subclass__(cls, of_lists: bool = False) -> None:
+        if of_lists:
+            Teacher._of_lists = cls
 
     def __new__(cls, source: Any = None, **kwargs: Any) -> Teacher:
-        if cls is Teacher and isinstance(source, (list, tuple)):
-            from .ensemble import Ensemble  # which is made of teachers
-
-            return super().__new__(Ensemble)
-        return super().__new__(cls)
+        is_list = cls is Teacher and isinstance(source, (list, tuple))
+        return super().__new__(cls._of_lists if is_list else cls)
 
     def __init__(
         self,
@@ -133,9 +135,7 @@ class Teacher:
             raise ValueError("teacher and student are the same model: train a new one, e.g. a smaller one")
         shared = next((name for name, p in student.named_parameters() if p.requires_grad and id(p) in own), None)
         if shared is not None:
-            raise ValueError(
-                f"teacher and student share the trainable parameter {shared!r}: give the student a copy of it"
-            )
+            raise ValueError(f"teacher and student share the trainable parameter {shared!r}: give the student a copy")
         self._looked = self._checked = False
         if self.cache is not None:
             self.cache.begin_fit(views)
