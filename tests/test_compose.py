@@ -586,6 +586,7 @@ def test_torchvision_models_teach_and_learn(make_learner, arch):
 
 
 @works("tasks", "torchvision and timm: ViT, ConvNeXt, EfficientNet, MobileNet, RegNet as student or teacher")
+@pytest.mark.filterwarnings("ignore:the teacher's pretrained_cfg says")  # its weights are random
 def test_a_timm_vit_teaches_a_cnn(make_learner, dls):
     timm = pytest.importorskip("timm")
     vit = timm.create_model(

@@ -104,6 +104,8 @@ def test_timms_config_that_contradicts_the_dataloaders_is_a_warning_with_the_lin
     student.fit(1, cbs=KnowledgeDistillationCallback(mended, SoftTarget))
     model.pretrained_cfg = dict(zip(("mean", "std"), imagenet_stats, strict=True))
     student.fit(1, cbs=KnowledgeDistillationCallback(model, SoftTarget))
+    with pytest.warns(UserWarning, match=r"the dataloaders normalize with mean \(0, 0, 0\), std \(1, 1, 1\)"):
+        learner(data(tmp_path)).fit(1, cbs=KnowledgeDistillationCallback(model, SoftTarget))
 
 
 def test_torchs_loaders_tell_nothing_and_nothing_is_changed(teacher, capsys):

@@ -65,6 +65,14 @@ for fit in range(2):
 results["cached"] = again
 
 torch.manual_seed(0)
+teacher, student = Net(4), Net(4)
+more = DataLoader([(images[i] + 1,) for i in range(16)], bs=8 // world, device="cpu")  # each rank its own share
+learn = Learner(dls, student, loss_func=CrossEntropyLossFlat(), opt_func=sgd, wd=0.)
+with contextlib.redirect_stdout(io.StringIO()), learn.distrib_ctx(sync_bn=False, cpu=True):
+    learn.fit(2, 0.1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget, unlabeled=more))
+results["unlabeled"] = [p.detach() for p in learn.model.parameters()], [0, 0, 0]
+
+torch.manual_seed(0)
 kd = KnowledgeDistillationCallback(Net(4), SoftTarget, weight="auto")
 learn = Learner(dls, Net(4), loss_func=CrossEntropyLossFlat(), opt_func=sgd, wd=0.)
 with contextlib.redirect_stdout(io.StringIO()), learn.distrib_ctx(sync_bn=False, cpu=True):
@@ -101,7 +109,7 @@ def launch(tmp_path, processes):
     return [torch.load(tmp_path / f"{processes}-{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
-@pytest.mark.works("many processes", "distrib_ctx: DDP on 2 processes gives the student of one process")
+@pytest.mark.works("many processes", "distrib_ctx: DDP on 2 processes gives the student of one; also with unlabeled=")
 def test_two_processes_train_the_student_that_one_trains(tmp_path):
     ((one, _),) = launch(tmp_path, 1)
     del one["cached"]

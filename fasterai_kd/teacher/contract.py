@@ -97,9 +97,10 @@ def _renormalized(own: Any, theirs: Any) -> Callable[..., Any] | None:
 def _compare_config(model: nn.Module, own: Any) -> None:
     "timm's models say what their published weights were trained with."
     config = getattr(unwrap(model), "pretrained_cfg", None)
-    if not isinstance(config, Mapping) or config.get("mean") is None or own is None:
+    if not isinstance(config, Mapping) or config.get("mean") is None:
         return
     theirs = list(config["mean"]), list(config["std"])
+    own = own or ([0.0] * len(theirs[0]), [1.0] * len(theirs[0]))
     if len(theirs[0]) == len(own[0]) and not _close(own, theirs):
         warnings.warn(
             f"the teacher's pretrained_cfg says {_stats(theirs)}, the dataloaders normalize with {_stats(own)}. If it "
