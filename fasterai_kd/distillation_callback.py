@@ -33,8 +33,11 @@ class KnowledgeDistillationCallback(Callback):
     `fm_s` and `fm_t` are the features of the student's and the teacher's layers by name, in the order given.
     Tensors come in float32, outside autocast. A loss that uses labels has `target` in its signature: MixUp and CutMix
     mix it as they mix the task loss. A loss that is a module is trained along. The teacher runs once a batch on the
-    student's inputs, in evaluation mode under `no_grad`. It does not run where there are no labels, in `get_preds`, or
-    while `schedule` keeps the weight at 0. `Teacher` has the options of a teacher, such as a cache.
+    student's inputs, in evaluation mode under `no_grad`. It does not run in `get_preds`, or while `schedule` keeps the
+    weight at 0. `Teacher` has the options of a teacher, such as a cache.
+
+    With `unlabeled`, each training batch has inputs without labels beside it: the task loss and the metrics are of the
+    labeled ones, the distillation loss is of both. Dataloaders without any labels train from the teacher alone.
 
     Raises TypeError and ValueError for what cannot work: arguments at once, layers of the student when `fit` starts,
     shapes at the first batch; FloatingPointError for nan or inf of the teacher, before they reach a step.

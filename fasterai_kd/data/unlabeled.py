@@ -62,7 +62,7 @@ class UnlabeledInputs:
             batch = next(self._batches, None)
         if batch is None:
             raise ValueError("the unlabeled DataLoader gives no batch: has it fewer items than its batch size?")
-        inputs = (batch,) if isinstance(batch, Tensor) else tuple(batch)[: self._n_inp]
+        inputs = (batch,) if isinstance(batch, (Tensor, Mapping)) else tuple(batch)[: self._n_inp]
         device = next((x.device for x in xb if isinstance(x, Tensor)), None)
         moved: tuple[Any, ...] = to_device(inputs, device)
         return moved
