@@ -126,7 +126,7 @@ class Distiller:
         )
         self._outs.append(out)
         teacher_pred = None if not reads else out.output if whole else out.pred
-        if batch.labeled != 0:
+        if batch.labeled != 0 and self._history.compares:
             own = take_first(teacher_pred, size_of(learn.xb), len(batch))
             ignored = getattr(learn.loss_func, "ignore_index", None)
             self._history.compare(classes_first(plain(learn.pred), dim), classes_first(own, dim), plain(y), ignored)
