@@ -125,16 +125,17 @@ def main(argv: list[str] | None = None) -> None:
     teacher = get_learner(TEACHER, ALL, args.draws, seed=0)
     teacher_acc = fit(teacher, args.epochs, 5e-3, title="teacher")
 
-    unlabeled = get_loader(get_images(FEW)[1])  # its labels are ignored
+    distil = partial(KnowledgeDistillationCallback, teacher, SoftTarget, weight=0.9)
     students = {
-        "student alone": None,
-        "distilled": KnowledgeDistillationCallback(teacher, SoftTarget),
-        "with unlabeled images": KnowledgeDistillationCallback(teacher, SoftTarget, weight=0.9, unlabeled=unlabeled),
+        "student alone": lambda: None,
+        "distilled": distil,
+        "with unlabeled images": lambda: distil(unlabeled=get_loader(get_images(FEW)[1])),  # its labels are ignored
     }
     results = {name: [] for name in students}
     for seed in range(args.seeds):
-        for name, kd in students.items():
+        for name, make_callback in students.items():
             student = get_learner(STUDENT, FEW, args.draws, seed)
+            kd = make_callback()
             results[name].append(fit(student, args.epochs, 2e-2, cbs=kd, title=f"\n{name}" if seed == 0 else None))
 
     big, small = (sum(p.numel() for p in learn.model.parameters()) for learn in (teacher, student))

@@ -169,6 +169,7 @@ def test_a_compiled_student_runs_uncompiled_while_it_is_measured(make_learner, t
     assert len(compiled) == (0 if layers else 2 + 3 * 2)  # two batches of training after ten, and validation
 
 
+@pytest.mark.filterwarnings("ignore:Skipping serialization")  # of torch 2.6, while it compiles
 def test_a_student_of_the_default_backend_is_measured(make_learner, teacher):
     "Its backward pass gives buffers away, so it cannot run twice."
     student = torch.compile(nn.Sequential(nn.Flatten(), nn.Linear(768, 4), nn.ReLU(), nn.Linear(4, 4)))
