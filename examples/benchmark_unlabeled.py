@@ -27,7 +27,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from scipy.stats import t as student_t  # noqa: E402
 
 from fasterai_kd.all import *  # noqa: E402
-from fasterai_kd.show import COLOURS  # noqa: E402
+from fasterai_kd.show import COLORS  # noqa: E402
 
 WEIGHT = 0.9  # of the distillation loss
 HOWS = {
@@ -393,12 +393,12 @@ def draw(rows, labels, path):
     ax = fig.subplots()
     teacher = teacher_row(rows, s["data"])["test"]
     ax.axhline(teacher, color="0.4", ls="--", lw=1, label=f"teacher, {teacher:.1f} %")
-    for (how, label), colour, marker in zip(HOWS.items(), COLOURS, "osD", strict=False):
+    for (how, label), color, marker in zip(HOWS.items(), COLORS, "osD", strict=False):
         apart = 1 + 0.04 * (list(HOWS).index(how) - 1)  # else error bars hide each other
         values = {(n or everything) * apart: list(its[how].values()) for n, its in accs.items() if how in its}
         means = [np.mean(v) for v in values.values()]
         errors = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values.values()]
-        ax.errorbar(list(values), means, errors, label=label, color=colour, marker=marker, ms=6, lw=2, capsize=4)
+        ax.errorbar(list(values), means, errors, label=label, color=color, marker=marker, ms=6, lw=2, capsize=4)
     ticks = [n or everything for n in accs]
     ax.set(xscale="log", xlabel="labels", ylabel="test accuracy in %", title=ABOUT[s["data"]])
     ax.set_xticks(ticks, [f"{n:,}" if n else "all" for n in accs])

@@ -26,7 +26,7 @@ PUBLISHED = {  # for CIFAR-100: the loss, its weight, the weight of the task los
 
 
 def batch(seed: int) -> tuple[Tensor, Tensor]:
-    "Smooth patterns of a colour each, and labels."
+    "Smooth patterns of a color each, and labels."
     g = torch.Generator().manual_seed(seed)
     x = F.interpolate(torch.randn(BATCH, 3, 8, 8, generator=g), size=SIZE, mode="bicubic")
     return x, torch.randint(CLASSES, (BATCH,), generator=g)

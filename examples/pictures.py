@@ -32,9 +32,9 @@ def plot_comparison(
     if base is not None:
         ax.axvline(base, color=GREY, ls="--", lw=1, zorder=1)
     for i, (name, a) in enumerate(accs.items()):
-        colour = GREY if name == baseline else BLUE
-        ax.plot(a, [i] * len(a), "o", color=colour, alpha=0.5, ms=8, mec="none")
-        ax.plot(a.mean(), i, "|", color=colour, ms=24, mew=2.5)
+        color = GREY if name == baseline else BLUE
+        ax.plot(a, [i] * len(a), "o", color=color, alpha=0.5, ms=8, mec="none")
+        ax.plot(a.mean(), i, "|", color=color, ms=24, mew=2.5)
         std = f" ± {a.std(ddof=1):.{digits}f}" if len(a) > 1 else ""
         gain = f" ({a.mean() - base:+.{digits}f})" if base is not None and name != baseline else ""
         labels.append(f"{name}\n{a.mean():.{digits}f}{std}{gain}")
@@ -65,9 +65,9 @@ def plot_temperature(
     shown = logits.topk(min(n, len(logits))).indices.sort().values
     names = [str(j if classes is None else classes[j]) for j in shown.tolist()]
     ax, x, width = _new_axes(ax, (7, 3.2)), np.arange(len(shown)), 0.8 / len(T)
-    for i, (t, colour) in enumerate(zip(T, plt.get_cmap("viridis")(np.linspace(0, 0.9, len(T))), strict=True)):
+    for i, (t, color) in enumerate(zip(T, plt.get_cmap("viridis")(np.linspace(0, 0.9, len(T))), strict=True)):
         probs = (logits / t).softmax(0)[shown].numpy()
-        ax.bar(x + (i - (len(T) - 1) / 2) * width, probs, width, color=colour, label=f"T = {t:g}")
+        ax.bar(x + (i - (len(T) - 1) / 2) * width, probs, width, color=color, label=f"T = {t:g}")
     ax.set(xlabel="class", ylabel="probability")
     ax.set_xticks(x, names)
     ax.spines[["top", "right"]].set_visible(False)

@@ -102,9 +102,9 @@ def draw(results: dict[str, list[float]], title: str, about_teacher: str, path: 
     ax, alone = fig.subplots(), np.mean(results["student alone"])
     ax.axvline(alone, color="0.4", ls="--", lw=1)
     for i, accs in enumerate(results.values()):
-        mean, colour = np.mean(accs), "#0072B2" if i else "0.4"
-        ax.plot(accs, [i] * len(accs), "o", color=colour, alpha=0.6, ms=8, mec="none")
-        ax.plot(mean, i, "|", color=colour, ms=26, mew=2.5)
+        mean, color = np.mean(accs), "#0072B2" if i else "0.4"
+        ax.plot(accs, [i] * len(accs), "o", color=color, alpha=0.6, ms=8, mec="none")
+        ax.plot(mean, i, "|", color=color, ms=26, mew=2.5)
         text = f"{mean:.1f} %  ({mean - alone:+.1f})" if i else f"{mean:.1f} %"
         ax.annotate(text, (1.02, i), xycoords=("axes fraction", "data"), va="center")
     ax.set(title=title, xlabel=f"validation accuracy in %; {about_teacher}")

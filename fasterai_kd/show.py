@@ -26,7 +26,7 @@ __all__ = [
     "show_pairs",
 ]
 
-COLOURS = BLUE, VERMILION, *_ = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # Okabe & Ito
+COLORS = BLUE, VERMILION, *_ = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"  # Okabe & Ito
 GREY, MAPS = "0.4", "viridis"
 
 
@@ -40,8 +40,8 @@ def show_pairs(
     ax = _axes(ax, (8, 0.8 + 0.6 * len(pairs.rows)))
     for i, (student, teacher, resolution, channels, fit) in enumerate(pairs.rows):
         ax.plot([0, 1], [i, i], color=GREY, lw=1.5, ls="-" if fit == "all" else "--", zorder=1)
-        for x, name, ha, colour in ((0, student, "right", BLUE), (1, teacher, "left", VERMILION)):
-            box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": colour, "lw": 1.5}
+        for x, name, ha, color in ((0, student, "right", BLUE), (1, teacher, "left", VERMILION)):
+            box = {"boxstyle": "round,pad=0.4", "fc": "white", "ec": color, "lw": 1.5}
             ax.text(x, i, name, ha=ha, va="center", bbox=box)
         if fit:
             sizes = f"{resolution.replace('x', '×')}, {channels} channels".replace("<->", "↔")
@@ -106,11 +106,11 @@ def plot_losses(
     if not kd.history["weight"]:
         raise ValueError("kd.history has no steps: train with cbs=kd first")
     ax = _axes(ax, (7, 3.5))
-    for (name, values), colour in zip(losses.items(), cycle(COLOURS), strict=False):
+    for (name, values), color in zip(losses.items(), cycle(COLORS), strict=False):
         label = {"task_loss": "task loss", "kd_loss": "distillation loss"}.get(name, name)
         if smooth:
-            ax.plot(values, color=colour, alpha=0.25, lw=1)
-        ax.plot(_running_mean(values, smooth), color=colour, label=label)
+            ax.plot(values, color=color, alpha=0.25, lw=1)
+        ax.plot(_running_mean(values, smooth), color=color, label=label)
     ax.set(xlabel="step", ylabel="loss", yscale="linear" if any((v <= 0).any() for v in losses.values()) else "log")
     right = ax.twinx()
     right.plot(kd.history["weight"], color=GREY, ls=":", label="weight (right)")

@@ -41,9 +41,9 @@ def make_pets_home(home: Path, n: int = 40, size: int = 64, **kwargs) -> Path:
 
 
 def _stripes(rng: np.random.Generator, size: int, upright: bool, tilt: float) -> np.ndarray:
-    "Stripes of random direction, width, place, contrast and colours, (size, size, 3) between 0 and 1."
+    "Stripes of random direction, width, place, contrast and colors, (size, size, 3) between 0 and 1."
     angle = np.deg2rad(rng.uniform(-tilt, tilt) + (0 if upright else 90))
     y, x = np.mgrid[:size, :size] / size
     wave = np.sin(2 * np.pi * (rng.uniform(2, 6) * (x * np.cos(angle) + y * np.sin(angle)) + rng.random()))
-    colour, contrast = rng.uniform(0.3, 0.7, 3), rng.uniform(0.1, 0.3, 3)
-    return colour + contrast * wave[..., None]
+    color, contrast = rng.uniform(0.3, 0.7, 3), rng.uniform(0.1, 0.3, 3)
+    return color + contrast * wave[..., None]

@@ -750,7 +750,7 @@ def test_learner_is_the_only_fastai_object_the_callback_needs(dls, teacher, stud
 # --- a teacher with other inputs ---
 
 
-@works("teachers", "Teacher(tfm=): a teacher with another normalisation, size or number of channels")
+@works("teachers", "Teacher(tfm=): a teacher with another normalization, size or number of channels")
 @pytest.mark.parametrize("loss", [SoftTarget, Attention], ids=lambda f: f.__name__)
 def test_a_teacher_of_other_inputs_teaches_what_it_would_say_to_them(make_learner, loss):
     other = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.Flatten(), nn.Linear(4 * 16, 4))

@@ -132,17 +132,17 @@ def test_predictions_are_found_among_several_outputs():
 
 
 @pytest.mark.parametrize("stats", [(imagenet_stats, cifar_stats), (([0.5], [0.25]), imagenet_stats)])
-def test_renormalize_gives_what_the_teachers_own_normalisation_would(stats):
+def test_renormalize_gives_what_the_teachers_own_normalization_would(stats):
     raw = torch.rand(4, len(stats[0][0]), 5, 6)
 
-    def normalised(mean, std):
+    def normalized(mean, std):
         return (raw - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
 
     tfm = pickle.loads(pickle.dumps(renormalize(*stats)))  # survives `learn.export()`
-    out = tfm(normalised(*stats[0]))
-    torch.testing.assert_close(out, normalised(*stats[1]), rtol=1e-4, atol=1e-5)
+    out = tfm(normalized(*stats[0]))
+    torch.testing.assert_close(out, normalized(*stats[1]), rtol=1e-4, atol=1e-5)
     assert out.shape == (4, 3, 5, 6)
-    assert tfm(normalised(*stats[0]).half()).dtype == torch.float16
+    assert tfm(normalized(*stats[0]).half()).dtype == torch.float16
 
 
 def test_renormalize_takes_the_statistics_of_a_normalize_transform():

@@ -19,7 +19,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fas
 class Recipe(NamedTuple):
     "How a model is trained."
 
-    images: int | None  # labelled images, None: all
+    images: int | None  # labeled images, None: all
     draws: int | None  # images in an epoch, each about draws / images times; None: each once
     epochs: int
     bs: int

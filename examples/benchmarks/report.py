@@ -49,7 +49,7 @@ NOTES = """\
 - `auto` sets the weight of the whole: within two losses the ratio is fixed, 0.9 to 1000 with `Attention` as published,
   else 1 to 1.
 - One teacher for all; ± is the standard deviation over seeds, which change initial weights, order and augmentation of
-  the images and, where not all are labelled, which ones are."""
+  the images and, where not all are labeled, which ones are."""
 
 
 class Runs:
@@ -169,7 +169,7 @@ def about(teacher, rows, student):
 
 def recipe(settings):
     images, draws, epochs, bs, lr, *_ = settings
-    images = "all training images" if images is None else f"{images:,} labelled images"
+    images = "all training images" if images is None else f"{images:,} labeled images"
     return f"{images}, {epochs} epochs of {'each once' if draws is None else f'{draws:,}'}, batches of {bs}, lr {lr:g}"
 
 

@@ -69,7 +69,7 @@ def PKT(
     Raises ValueError for missing layers or unequal batches.
     Source: Passalis & Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018.
     """
-    return total(_pkt(_neighbours(s), _neighbours(t)) for _, s, t in pairs("PKT", fm_s, fm_t))
+    return total(_pkt(_neighbors(s), _neighbors(t)) for _, s, t in pairs("PKT", fm_s, fm_t))
 
 
 def _similarity(f: Tensor, p: float) -> Tensor:
@@ -109,7 +109,7 @@ def _pkt(p_s: Tensor, p_t: Tensor) -> Tensor:
     return (p_t * ((p_t + 1e-7) / (p_s + 1e-7)).log()).mean()
 
 
-def _neighbours(f: Tensor) -> Tensor:
+def _neighbors(f: Tensor) -> Tensor:
     gram = _gram(_flat(f))
     norms = gram.diagonal()
     inverse = norms.masked_fill(norms == 0, math.inf).rsqrt()
