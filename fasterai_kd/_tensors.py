@@ -9,12 +9,14 @@ from torch import Tensor
 __all__ = [
     "DeferredBool",
     "by_position",
+    "device_of",
     "join",
     "map_tensors",
     "only_tensor",
     "plain",
     "predictions",
     "shape_of",
+    "size_of",
     "take_first",
     "tensors",
 ]
@@ -80,6 +82,16 @@ def tensors(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, (Mapping, tuple, list)):
         for part in x.values() if isinstance(x, Mapping) else x:
             yield from tensors(part)
+
+
+def size_of(xb: Any) -> int:
+    "How many samples, by the first tensor."
+    return next(len(x) for x in tensors(xb))
+
+
+def device_of(xb: Sequence[Any]) -> torch.device | None:
+    "Where the first tensor is."
+    return next((x.device for x in tensors(xb)), None)
 
 
 def map_tensors(f: Callable[[Tensor], Tensor], x: Any) -> Any:

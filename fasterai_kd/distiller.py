@@ -9,16 +9,14 @@ from fastai.learner import Learner
 from torch import Tensor, nn
 
 from ._class_axis import class_dim, classes_first
-from ._modules import unwrap
-from ._tensors import DeferredBool, plain, take_first
+from ._modules import keeps_state, unwrap
+from ._tensors import DeferredBool, plain, size_of, take_first
 from .data.unlabeled import (
     StudentBatch,
     UnlabeledInputs,
-    can_share_a_forward,
     mean_by_size,
     no_task_loss,
     placeholder,
-    size_of,
     student_batches,
 )
 from .data.views import RepeatedViews
@@ -90,7 +88,7 @@ class Distiller:
         assert self.teacher is not None
         self.teacher.follow(unwrap(learn.model), anew)
         self._more = self._unlabeled.draw(learn.xb) if self._unlabeled is not None and learn.training else ()
-        joins = bool(self._more) and can_share_a_forward(learn.model, learn.xb, self._more)
+        joins = bool(self._more) and not keeps_state(learn.model)  # recurrent models sort and mask their batches
         self._student.start(learn, eager, self._more if joins else ())
 
     def after_pred(self, learn: Learner) -> None:

@@ -9,19 +9,16 @@ from fastai.data.core import DataLoaders, test_set
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib, to_device
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader as TorchDataLoader
 
-from .._modules import keeps_state
-from .._tensors import join, predictions, tensors
+from .._tensors import device_of, join, predictions, size_of, tensors
 
 __all__ = [
     "UnlabeledInputs",
-    "can_share_a_forward",
     "mean_by_size",
     "no_task_loss",
     "placeholder",
-    "size_of",
     "student_batches",
 ]
 
@@ -63,8 +60,7 @@ class UnlabeledInputs:
         if batch is None:
             raise ValueError("the unlabeled DataLoader gives no batch: has it fewer items than its batch size?")
         inputs = (batch,) if isinstance(batch, (Tensor, Mapping)) else tuple(batch)[: self._n_inp]
-        device = next((x.device for x in xb if isinstance(x, Tensor)), None)
-        moved: tuple[Any, ...] = to_device(inputs, device)
+        moved: tuple[Any, ...] = to_device(inputs, device_of(xb))
         return moved
 
     def end_fit(self) -> None:
@@ -109,23 +105,17 @@ class StudentBatch(NamedTuple):
         return size_of(self.xb)
 
 
-def can_share_a_forward(model: nn.Module, xb: Sequence[Any], unlabeled: Sequence[Any]) -> bool:
-    "Not where shapes differ, nor for recurrent models, which sort and mask their batches."
-    return not keeps_state(model) and join(tuple(xb), tuple(unlabeled)) is not None
-
-
 def student_batches(
     learn: Learner,
     forward: Any,  # `StudentForward`, after the learner's own
     unlabeled: tuple[Any, ...],  # inputs drawn for this batch, or none
 ) -> list[StudentBatch]:
     "The learner's batch, joined to the unlabeled one; or both, where the unlabeled one needs a forward of its own."
-    features, output = forward.pop()
+    features, joined, output = forward.pop()
     own = StudentBatch(learn.xb, learn.pred, features, None)
     if not unlabeled:
         return [own]
-    if output is not None:
-        joined = join(tuple(learn.xb), unlabeled)
+    if joined is not None:
         return [StudentBatch(joined, join(learn.pred, _as(learn.pred, output)), features, len(own))]
     with forward.hooks.on(learn.model):
         output = learn.model(*unlabeled)
@@ -139,11 +129,6 @@ def mean_by_size(batches: Sequence[StudentBatch], values: Sequence[dict[str, Ten
     n, m = map(len, batches)
     first, second = values
     return {name: (n * x + m * second[name]) / (n + m) if name in second else x for name, x in first.items()}
-
-
-def size_of(xb: Sequence[Any]) -> int:
-    "How many samples."
-    return next(len(x) for x in tensors(xb))
 
 
 def _as(pred: Any, output: Any) -> Any:

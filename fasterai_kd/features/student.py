@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._modules import is_compiled
-from .._tensors import join, take_first, tensors
+from .._tensors import join, size_of, take_first
 from .hooks import FeatureHooks
 
 __all__ = ["StudentForward"]
@@ -20,9 +20,9 @@ class StudentForward:
     """The learner's own forward: features of layers, and inputs without labels beside the learner's.
 
     `start` before it, `pop` after it. A pre-hook on the model that the learner calls knows the learner's inputs by
-    identity, puts the layers' hooks on and adds the unlabeled inputs; a forward hook takes the hooks off, also after an
-    exception, and keeps the unlabeled part of the output to itself, so that nobody else sees it. The two go with `pop`,
-    `stop`, or the model's next forward.
+    identity, puts the layers' hooks on and adds the unlabeled inputs if they are of the same shapes; a forward hook
+    takes the hooks off, also after an exception, and keeps the unlabeled part of the output to itself, so that nobody
+    else sees it. The two go with `pop`, `stop`, or the model's next forward.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -31,13 +31,14 @@ class StudentForward:
         self._learn: Learner = None
         self._eager: _Eager | None = None
         self._extra: tuple[Any, ...] = ()  # unlabeled inputs
-        self._output: Any = None  # for them
+        self._joined: Any = None  # the learner's inputs and these, if the forward was of both
+        self._output: Any = None  # for the unlabeled ones
 
     def start(
         self,
         learn: Learner,
         eager: bool = False,  # run a compiled student uncompiled, also without layers
-        unlabeled: tuple[Any, ...] = (),  # inputs that can be joined to the learner's
+        unlabeled: tuple[Any, ...] = (),  # inputs to join to the learner's
     ) -> None:
         "Wait for the learner's forward."
         self.stop()
@@ -51,17 +52,17 @@ class StudentForward:
             self._learn, self._extra = learn, unlabeled
             self._handles = [model.register_forward_pre_hook(self._before_forward)]
 
-    def pop(self) -> tuple[dict[str, Tensor], Any]:
-        "Features by name, of all inputs, and the output for the unlabeled ones."
-        features, output = self.hooks.pop(), self._output
+    def pop(self) -> tuple[dict[str, Tensor], Any, Any]:
+        "Features by name; all inputs joined, and the output for the unlabeled ones: None where they were not joined."
+        features, joined, output = self.hooks.pop(), self._joined, self._output
         self.stop()
-        return features, output
+        return features, joined, output
 
     def stop(self) -> None:
         "Remove the hooks and drop what they kept."
         self._take_off()
         self.hooks.clear()
-        self._output = None
+        self._joined = self._output = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         "A model copied or saved while it is hooked has hooks that do nothing."
@@ -75,15 +76,16 @@ class StudentForward:
         elif len(args) == len(self._learn.xb) and all(a is b for a, b in zip(args, self._learn.xb, strict=True)):
             self.hooks.put_on(model)
             self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
-            return join(tuple(args), self._extra) if self._extra else None
+            self._joined = join(tuple(args), self._extra) if self._extra else None
+            return self._joined
         return None
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        learn, extra, self._learn, self._extra = self._learn, self._extra, None, ()
+        learn, self._learn, self._extra = self._learn, None, ()
         self.hooks.take_off()
-        if not extra or output is None:
+        if self._joined is None or output is None:
             return None
-        n, total = (len(next(tensors(xb))) for xb in (learn.xb, args))
+        n, total = size_of(learn.xb), size_of(self._joined)
         self._output = take_first(output, -n, total)
         return take_first(output, n, total)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._modules import evaluating, keeps_state
-from .._tensors import map_tensors, plain, tensors
+from .._tensors import device_of, map_tensors, plain
 from ..features.hooks import FeatureHooks
 from ._fingerprint import fingerprint
 from ._packing import PREDICTIONS
@@ -269,11 +269,6 @@ class Teacher:
 def as_teacher(source: Any) -> Teacher:
     "A `Teacher` as it is, or one of a model, a Learner, a path or a list."
     return source if isinstance(source, Teacher) else Teacher(source)
-
-
-def device_of(xb: Sequence[Any]) -> torch.device | None:
-    "Where the first tensor is."
-    return next((x.device for x in tensors(xb)), None)
 
 
 def _no_teacher() -> None:
