@@ -128,13 +128,11 @@ def factor_at(schedule: Any, pct: float) -> float:
     return float(getattr(schedule, "progress", schedule)(pct))
 
 
-def is_pure(schedule: Any) -> bool:
-    "A `Schedule` or one of fastai's: functions of one's own may count how often they are called."
-    return isinstance(schedule, Schedule) or type(schedule).__module__ == "fastai.callback.schedule"
-
-
-def check_schedule(schedule: Any) -> None:
-    "None, a `Schedule` or a function; TypeError for anything else."
+def check_schedule(
+    schedule: Any,
+    weight_at: Callable[[float], float],  # share of the training done → weight; raises for one that cannot be
+) -> None:
+    "TypeError for what is neither None, a `Schedule` nor a function; at each percent, what `weight_at` raises."
     if schedule is None:
         return
     function = getattr(schedule, "progress", schedule)
@@ -148,3 +146,7 @@ def check_schedule(schedule: Any) -> None:
         raise TypeError(
             f"schedule must be a Schedule or a function pct → factor, such as SchedCos(0, 1); {schedule!r}: {e}"
         ) from e
+    # one's own function may count how often it is called
+    if isinstance(schedule, Schedule) or type(schedule).__module__ == "fastai.callback.schedule":
+        for percent in range(101):
+            weight_at(percent / 100)

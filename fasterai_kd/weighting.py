@@ -9,7 +9,7 @@ from fastai.torch_core import rank_distrib
 from torch import Tensor, nn
 
 from ._modules import unwrap
-from .schedule import check_schedule, factor_at, is_pure
+from .schedule import check_schedule, factor_at
 
 __all__ = ["AutoWeight", "Weighting", "check_weights"]
 
@@ -25,14 +25,11 @@ class Weighting:
 
     def __init__(self, weight: float | str, schedule: Any, task_weight: float | None):
         check_weights(weight, task_weight)
-        check_schedule(schedule)
         auto = weight == "auto"
         self.task_weight = 0.5 if auto and task_weight is None else task_weight
         self.schedule, self._weight = schedule, weight
         self.auto = AutoWeight(self.task_weight) if auto and self.task_weight is not None else None
-        if is_pure(schedule):
-            for percent in range(101):
-                self.at(percent / 100)
+        check_schedule(schedule, self.at)
 
     @property
     def base(self) -> float:

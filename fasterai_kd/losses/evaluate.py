@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._class_axis import as_rows, classes_first
 from .._tensors import plain, shape_of
-from ..schedule import check_schedule, is_pure
+from ..schedule import check_schedule
 from ._traits import REGISTRY, function_of, parameters_of, trait
 from .combine import CombinedLoss, Part, parts_of
 
@@ -45,10 +45,7 @@ class LossEvaluator:
         together: dict[tuple[str, str], None] = {}
         for p in self.parts:
             pairs = p.pairs or own
-            check_schedule(p.schedule)
-            if is_pure(p.schedule):
-                for percent in range(101):
-                    p.weight_at(percent / 100)
+            check_schedule(p.schedule, p.weight_at)
             _check_layers(pairs["student"], pairs["teacher"], self._params[p.name])
             together |= dict.fromkeys(zip(pairs["student"], pairs["teacher"], strict=True))
         self.student, self.teacher = ([pair[side] for pair in together] for side in (0, 1))
