@@ -13,6 +13,7 @@ with warnings.catch_warnings():  # of fastai's own imports; everything else is a
     import fastai.vision.all  # noqa: F401
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -136,6 +137,32 @@ def example(name):
         yield runpy.run_path(str(script))
     for name in [name for name in sys.modules if name.split(".")[0] in ("benchmarks", "pictures", "quickstart")]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    "From its call on every training is an error."
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("this run is in the file already")
+
+    return lambda: [monkeypatch.setattr(Learner, name, refuse) for name in ("fit", "fit_one_cycle")]
+
+
+def table_and_dls(path, y_block=None):
+    "40 rows with a category, a number and a label, the first 8 for validation."
+    import pandas as pd
+    from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders
+
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"a": rng.integers(0, 3, 40).astype(str), "b": rng.normal(size=40), "y": [0, 1] * 20})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fastai's, of pandas
+        dls = TabularDataLoaders.from_df(
+            frame, procs=[Categorify, Normalize], cat_names="a", cont_names="b", y_names="y", y_block=y_block, bs=8,
+            valid_idx=list(range(8)), device="cpu", path=path,
+        )  # fmt: skip
+    return frame, dls
 
 
 def hooks(model):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import example
 from fastai.data.external import fastai_cfg
-from fastai.learner import Learner
 from pets import make_pets_home
 
 TINY = ["--epochs=1", "--teacher-epochs=1", "--seeds=2", "--losses=SoftTarget,Attention"]
@@ -41,14 +40,6 @@ def main(script, tmp_path):
         return [json.loads(line) for line in lines], (tmp_path / "out" / f"{data}.md").read_text()
 
     return run
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("this run is in the file already")
-
-    return lambda: [monkeypatch.setattr(Learner, name, refuse) for name in ("fit", "fit_one_cycle")]
 
 
 def tables(markdown):

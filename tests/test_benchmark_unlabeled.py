@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import example
-from fastai.learner import Learner
 from scipy.stats import t as student_t
 
 RESULTS = Path(__file__).parents[1] / "nbs" / "results"
@@ -32,14 +31,6 @@ def main(script, tmp_path):
         return [json.loads(line) for line in (tmp_path / "unlabeled.jsonl").read_text().splitlines()]
 
     return run
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("this run is in the file already")
-
-    return lambda: [monkeypatch.setattr(Learner, name, refuse) for name in ("fit", "fit_one_cycle")]
 
 
 def of(rows, stage):

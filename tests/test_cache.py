@@ -6,11 +6,10 @@ import warnings
 from functools import partial
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, IMAGES, PAIRS, Net, image, label, same, state
+from conftest import CLASSES, IMAGES, PAIRS, Net, image, label, same, state, table_and_dls
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.data.core import Datasets
@@ -191,16 +190,11 @@ def test_inputs_of_any_dtype_are_told_apart(dtype):
 
 @works("tasks", "cache: tabular, with categorical and continuous inputs")
 def test_a_tabular_teacher_with_two_inputs(tmp_path):
-    from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
+    from fastai.tabular.all import tabular_learner
 
-    rng = np.random.default_rng(0)
-    frame = pd.DataFrame({"a": rng.integers(0, 3, 40).astype(str), "b": rng.normal(size=40), "y": [0, 1] * 20})
+    _, dls = table_and_dls(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fastai's, of pandas
-        dls = TabularDataLoaders.from_df(
-            frame, procs=[Categorify, Normalize], cat_names="a", cont_names="b", y_names="y", y_block=None, bs=8,
-            valid_idx=list(range(8)), device="cpu", path=tmp_path,
-        )  # fmt: skip
         teacher = tabular_learner(dls, layers=[8], n_out=2, y_range=(0, 9), loss_func=F.mse_loss).model
     dls.train.shuffle = False  # fastai's loader of tables may draw a row twice in an epoch
     calls, students = counted(teacher), []

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, IMAGES, PAIRS, Net, hooks, image, label, same, state
+from conftest import CLASSES, IMAGES, PAIRS, Net, Several, hooks, image, label, same, state, table_and_dls
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
@@ -140,6 +140,18 @@ def test_a_loss_on_labels_sees_the_labeled_part_alone(make_learner, teacher):
     kd = KnowledgeDistillationCallback(teacher, combine((on_labels, 1.0), (DecoupledKD, 1.0)), unlabeled=extra())
     make_learner().fit(1, 0.01, cbs=kd)
     assert set(seen) == {(4, 4, 4)}
+
+
+def test_a_loss_on_labels_sees_the_labeled_part_of_several_outputs(make_learner):
+    seen = []
+
+    def on_labels(pred, teacher_pred, target, **kwargs):
+        seen.append(tuple(map(len, (*pred, *teacher_pred, target))))
+        return SoftTarget(pred[0], teacher_pred[0])
+
+    learn = make_learner(Several(), loss_func=lambda out, y: F.cross_entropy(out[0], y), metrics=[])
+    learn.fit(1, 0.01, cbs=KnowledgeDistillationCallback(Several(), on_labels, unlabeled=extra()))
+    assert set(seen) == {(4,) * 7}
 
 
 def test_validation_and_predictions_see_no_unlabeled_images(make_learner, teacher):
@@ -351,18 +363,11 @@ def test_inputs_of_other_lengths_get_a_forward_of_their_own(teacher):
 
 @works("tasks", "unlabeled= for tabular data")
 def test_tables_have_unlabeled_rows_too(tmp_path):
-    import numpy as np
-    import pandas as pd
-    from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
+    from fastai.tabular.all import tabular_learner
 
-    rng = np.random.default_rng(0)
-    frame = pd.DataFrame({"a": rng.integers(0, 3, 40).astype(str), "b": rng.normal(size=40), "y": [0, 1] * 20})
+    frame, dls = table_and_dls(tmp_path, CategoryBlock())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fastai's, of pandas
-        dls = TabularDataLoaders.from_df(
-            frame, procs=[Categorify, Normalize], cat_names="a", cont_names="b", y_names="y", y_block=CategoryBlock(),
-            bs=8, valid_idx=list(range(8)), device="cpu", path=tmp_path,
-        )  # fmt: skip
         teacher, learn = (tabular_learner(dls, layers=[n], loss_func=CrossEntropyLossFlat()) for n in (8, 4))
         more = dls.test_dl(frame.drop(columns="y"), bs=8)
     kd = KnowledgeDistillationCallback(teacher.model, SoftTarget, unlabeled=more)

@@ -13,7 +13,7 @@ from fastcore.basics import detuplify
 from torch import Tensor, nn
 
 from .._class_axis import as_rows, classes_first
-from .._tensors import plain, shape_of
+from .._tensors import map_tensors, plain, shape_of
 from ..schedule import check_schedule
 from ._traits import REGISTRY, function_of, parameters_of, trait
 from .combine import CombinedLoss, Part, parts_of
@@ -112,7 +112,7 @@ class LossEvaluator:
             if labeled is not None and "target" in self._params[p.name]:
                 if not labeled:
                     continue
-                given = {name: _take_first(x, labeled) for name, x in outputs.items()}
+                given = map_tensors(lambda x: x[:labeled], outputs)
             if weight or not self._checked:
                 value = self._value(p, *self._arranged(p, given, y, class_dim, mix), mix, adapt)
             if weight:
@@ -172,10 +172,6 @@ def mix_of(learn: Learner) -> MixHandler | None:
     "MixUp or CutMix, while it mixes the task loss."
     mix = getattr(learn.loss_func, "__self__", None)
     return mix if isinstance(mix, MixHandler) else None
-
-
-def _take_first(x: Any, n: int) -> Any:
-    return {name: fm[:n] for name, fm in x.items()} if isinstance(x, dict) else x[:n] if isinstance(x, Tensor) else x
 
 
 def _check_layers(student: Sequence[str], teacher: Sequence[str], loss_params: dict[str, bool]) -> None:
