@@ -63,7 +63,7 @@ def linear_cka(
     x: Tensor,  # (B, ...) features of a batch
     y: Tensor,  # (B, ...) other features of the same batch
 ) -> float:
-    """Centred kernel alignment with a linear kernel, HSIC(x, y) / √(HSIC(x, x) · HSIC(y, y)): from 0 to 1 if the same.
+    """Centered kernel alignment with a linear kernel, HSIC(x, y) / √(HSIC(x, x) · HSIC(y, y)): from 0 to 1 if the same.
 
     Rotating or scaling the features changes nothing; with few samples of many features it is near 1 for any. Constant
     features give nan.
@@ -89,11 +89,11 @@ def _model(model: Any, who: str) -> nn.Module:
 
 
 def _gram(x: Tensor) -> Tensor:
-    "Centred Gram matrix of a batch, flat and of norm 1; summed over parts, since maps in double precision are large."
+    "Centered Gram matrix of a batch, flat and of norm 1; summed over parts, since maps in double precision are large."
     if len(x) < 2:
         raise ValueError(f"CKA compares samples of a batch, one is not enough: got features {shape_of(x)}")
     gram = torch.zeros(len(x), len(x), dtype=torch.double)
     for part in torch.split(plain(x).detach().cpu().flatten(1), 2**16, 1):
-        centred = part.double() - part.double().mean(0)
-        gram += centred @ centred.T
+        centered = part.double() - part.double().mean(0)
+        gram += centered @ centered.T
     return gram.flatten() / gram.norm()

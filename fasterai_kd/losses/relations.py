@@ -77,7 +77,7 @@ def _similarity(f: Tensor, p: float) -> Tensor:
 
 
 def _rkd(s: Tensor, t: Tensor, w_d: float, w_a: float) -> Tensor:
-    gram_s, gram_t = (_gram(f - f.mean(0)) for f in (_flat(s), _flat(t)))  # centred: less cancels in distances
+    gram_s, gram_t = (_gram(f - f.mean(0)) for f in (_flat(s), _flat(t)))  # centered: less cancels in distances
     d_s, d_t = _distances(gram_s), _distances(gram_t)
     loss = w_d * F.smooth_l1_loss(_over_mean(d_s), _over_mean(d_t))
     if w_a == 0:
