@@ -3,9 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-__all__ = ["as_rows", "class_dim", "classes_first", "index_labels"]
+__all__ = ["as_rows", "class_dim", "classes_first", "has_independent_classes", "index_labels", "is_of_numbers"]
+
+_INDEPENDENT = (nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss)
+_INDEPENDENT_FUNCTIONS = (F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss)
+_OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+_OF_NUMBERS_FUNCTIONS = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 
 
 def class_dim(
@@ -30,6 +36,28 @@ def classes_first(
 ) -> Any:
     "With the classes in dim 1."
     return x.movedim(dim, 1) if dim != 1 and isinstance(x, Tensor) and x.ndim > dim else x
+
+
+def has_independent_classes(
+    loss_func: Any,  # the task loss
+) -> bool:
+    "Is each class a yes or no of its own, as for BCEWithLogitsLoss?"
+    own = _function_of(loss_func)
+    return isinstance(own, _INDEPENDENT) or own in _INDEPENDENT_FUNCTIONS
+
+
+def is_of_numbers(
+    loss_func: Any,  # the task loss
+) -> bool:
+    "Is it of a regression?"
+    own = _function_of(loss_func)
+    return isinstance(own, _OF_NUMBERS) or own in _OF_NUMBERS_FUNCTIONS
+
+
+def _function_of(loss_func: Any) -> Any:
+    "What MixUp and CutMix, fastai's flattened losses and `partial` are made of."
+    loss_func = getattr(getattr(loss_func, "__self__", None), "old_lf", loss_func)
+    return getattr(loss_func, "func", loss_func)
 
 
 def as_rows(

@@ -4,11 +4,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["evaluating", "find_layer", "in_training", "is_compiled", "keeps_state", "unwrap"]
+__all__ = [
+    "OUTPUT",
+    "evaluating",
+    "find_layer",
+    "in_training",
+    "is_compiled",
+    "is_output",
+    "keeps_state",
+    "uncompiled",
+    "unwrap",
+]
 
+OUTPUT = "output"  # as the name of a layer: what the model returns
 _WRAPPERS = (nn.DataParallel, DistributedDataParallel)
 
 
@@ -26,8 +38,10 @@ def find_layer(
     name: str,  # as `get_model_layers` prints it for the wrapped or the plain model, or from the Learner: "model.conv1"
     whose: str,  # "student" or "teacher", for the error
 ) -> nn.Module:
-    "The layer of this name; ValueError with close names where there is none."
+    "The layer of this name, for 'output' the model; ValueError with close names where there is none."
     inner = unwrap(model)
+    if is_output(model, name):
+        return inner
     for candidate, root in ((name, inner), (name, model), *((short, inner) for short in _shortened(name))):
         try:
             return root.get_submodule(candidate)
@@ -37,6 +51,12 @@ def find_layer(
     near = get_close_matches(name, names, n=3, cutoff=0.75)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "get_model_layers(model) lists them"
     raise ValueError(f"the {whose} has no layer {name!r}: {hint}")
+
+
+def is_output(model: nn.Module, name: str) -> bool:
+    "Does `name` stand for what the model itself returns? A layer that is called 'output' comes first."
+    short = name.removeprefix("model.")
+    return short == OUTPUT and OUTPUT not in unwrap(model)._modules
 
 
 def _shortened(name: str) -> Iterator[str]:
@@ -76,6 +96,16 @@ def in_training(model: nn.Module) -> Iterator[None]:
 def is_compiled(model: nn.Module) -> bool:
     "By torch.compile, as a whole or in parts?"
     return any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in model.modules())
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    "A compiled model runs uncompiled, since compiled code skips hooks."
+    if not is_compiled(model):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def keeps_state(model: nn.Module) -> bool:

@@ -12,7 +12,9 @@ __all__ = [
     "device_of",
     "join",
     "map_tensors",
+    "one_of",
     "only_tensor",
+    "pixels",
     "plain",
     "predictions",
     "shape_of",
@@ -63,16 +65,35 @@ def only_tensor(
     return found[0]
 
 
+PREDICTIONS = ("logits", "out")  # in dicts of transformers and torchvision
+EMBEDDINGS = ("image_embeds", "pooler_output", "last_hidden_state")  # of encoders without a head
+
+
 def predictions(
     output: Any,  # what a model returned
     whose: str = "the teacher",  # for the error
 ) -> Tensor:
-    "The predictions among several outputs: 'logits' or 'out' of a dict, the first of a tuple."
+    "The predictions among several outputs, by name, or the first of a tuple; of an encoder the embedding."
     if isinstance(output, Mapping):
-        output = output.get("logits", output.get("out", output))
+        output = next((output[key] for key in (*PREDICTIONS, *EMBEDDINGS) if output.get(key) is not None), output)
     elif isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         output = output[0]
     return only_tensor(output, whose)
+
+
+def one_of(
+    output: Any,  # what a model returned
+    key: Any,  # of a dict, index of a tuple, or a function of the output; None: where the predictions are
+    whose: str,  # for the error
+) -> Tensor:
+    "One of several outputs; a single tensor is taken as it is."
+    if isinstance(output, Tensor) or key is None:
+        return predictions(output, whose)
+    try:
+        return only_tensor(key(output) if callable(key) else output[key], f"output {key!r} of {whose}")
+    except (KeyError, IndexError, TypeError) as e:
+        has = list(output) if isinstance(output, Mapping) else f"0 to {len(output) - 1}"
+        raise ValueError(f"{whose} has no output {key!r}: its outputs are {has}") from e
 
 
 def tensors(x: Any) -> Iterator[Tensor]:
@@ -87,6 +108,11 @@ def tensors(x: Any) -> Iterator[Tensor]:
 def size_of(xb: Any) -> int:
     "How many samples, by the first tensor."
     return next(len(x) for x in tensors(xb))
+
+
+def pixels(xb: Any) -> tuple[int, int] | None:
+    "Height and width of the images among the inputs; None where there are none."
+    return next(((x.shape[2], x.shape[3]) for x in tensors(xb) if x.ndim == 4), None)
 
 
 def device_of(xb: Sequence[Any]) -> torch.device | None:

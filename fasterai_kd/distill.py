@@ -1,7 +1,7 @@
 "One call for those who do not want to choose."
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,12 +12,13 @@ from fastcore.basics import listify, patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from ._class_axis import class_dim, index_labels
+from ._class_axis import class_dim, has_independent_classes, index_labels, is_of_numbers
 from ._docs import describe_parameters
-from ._modules import evaluating
-from ._tensors import predictions, shape_of
+from ._modules import OUTPUT, evaluating
+from ._tensors import PREDICTIONS, predictions, shape_of
 from .distillation_callback import KnowledgeDistillationCallback
-from .losses import Attention, Logits, SoftTarget
+from .losses import Attention, Cosine, Logits, MultiLabel, SoftTarget
+from .losses._stages import find_stages, pooled_layer
 from .losses._traits import name_of, parameters_of
 from .losses.combine import parts_of
 from .losses.matching import LayerPairs, match_feature_layers
@@ -43,9 +44,10 @@ def distill(
 ) -> KnowledgeDistillationCallback:
     """Trains the student with a teacher: picks the loss, its layers and its weight, and prints which and why.
 
-    `SoftTarget` where student and teacher predict the same classes, `Logits` where they predict the same numbers,
-    `Attention` on the pairs of `match_feature_layers` where only their features can be compared. The progress table
-    shows task and distillation loss beside the metrics.
+    `SoftTarget` where student and teacher predict the same classes, `MultiLabel` where these are independent, `Logits`
+    where both predict the same numbers, `Cosine` on embeddings where the teacher is an encoder without a head,
+    `Attention` on the pairs of `match_feature_layers` where only features can be compared. The progress table shows
+    task and distillation loss beside the metrics.
 
     Returns the callback, with its `history`. Raises TypeError for unknown arguments, ValueError where nothing can be
     compared, and for a Learner that has a distillation callback already.
@@ -91,14 +93,35 @@ def _choose(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], y: Any) -> Ch
         pred = predictions(learn.model(*xb), "the student")
     y = index_labels(y, pred)
     dim = class_dim(pred, y, learn.loss_func)
-    teacher_pred = teacher.forward(xb, class_dim=dim).pred
-    if pred.shape != teacher_pred.shape:
-        shapes = f"{shape_of(pred)} and {shape_of(teacher_pred)}"
+    out = teacher.forward(xb, class_dim=dim)
+    comparable = pred.shape == out.pred.shape
+    if (y is None or not comparable) and _is_encoder(teacher, out.output, xb):
+        layers = {
+            "activations_student": pooled_layer(learn.model, xb),
+            "activations_teacher": OUTPUT,
+            "adapter": "auto",
+        }
+        return (
+            Cosine,
+            layers,
+            f"the teacher is an encoder, whose embeddings {shape_of(out.pred)} the student is to give",
+        )
+    if not comparable:
+        shapes = f"{shape_of(pred)} and {shape_of(out.pred)}"
         pairs = _pairs(learn, teacher.model, xb, shapes)
         return Attention, _layers(pairs), f"their predictions differ, {shapes}:\n{pairs}"
-    if _are_classes(pred, y) or (y is None and pred.ndim > 1 and pred.shape[1] > 1):
+    if has_independent_classes(learn.loss_func):
+        return MultiLabel, {}, f"both predict the same independent classes, {shape_of(pred)}"
+    if _are_classes(pred, y, learn.loss_func):
         return SoftTarget, {}, f"both predict the same {pred.shape[dim]} classes"
     return Logits, {}, f"both predict the same numbers, {shape_of(pred)}"
+
+
+def _is_encoder(teacher: Teacher, output: Any, xb: tuple[Any, ...]) -> bool:
+    "Does it give embeddings and no predictions?"
+    if isinstance(output, Mapping):
+        return not any(key in output for key in PREDICTIONS)
+    return teacher.method is not None or not (len(teacher.members) > 1 or find_stages(teacher.model, xb).has_head)
 
 
 def _layers_for(loss: Callable[..., Any], learn: Learner, teacher: Teacher, xb: tuple[Any, ...]) -> dict[str, Any]:
@@ -111,10 +134,13 @@ def _layers(pairs: LayerPairs) -> dict[str, Any]:
     return {"activations_student": pairs["student"], "activations_teacher": pairs["teacher"]}
 
 
-def _are_classes(pred: Tensor, y: Any) -> bool:
-    "Logits (B, C, ...) or (B, ..., C) and indices (B, ...)?"
-    indices = isinstance(y, Tensor) and not y.is_floating_point() and y.ndim == pred.ndim - 1
-    return indices and pred.ndim > 1 and pred.shape[class_dim(pred, y)] > 1
+def _are_classes(pred: Tensor, y: Any, loss_func: Any) -> bool:
+    "Logits of two or more classes? Without labels, unless the task loss is of numbers."
+    if pred.ndim < 2 or pred.shape[class_dim(pred, y)] < 2:
+        return False
+    if y is None or not isinstance(y, Tensor):
+        return y is None and not is_of_numbers(loss_func)
+    return not y.is_floating_point() and y.ndim == pred.ndim - 1
 
 
 def _sample(learn: Learner) -> tuple[tuple[Any, ...], Any]:

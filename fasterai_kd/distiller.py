@@ -8,9 +8,9 @@ import torch
 from fastai.learner import Learner
 from torch import Tensor, nn
 
-from ._class_axis import class_dim, classes_first
+from ._class_axis import class_dim, classes_first, has_independent_classes
 from ._modules import keeps_state, unwrap
-from ._tensors import DeferredBool, plain, size_of, take_first
+from ._tensors import DeferredBool, pixels, plain, predictions, size_of, take_first
 from .data.unlabeled import (
     StudentBatch,
     UnlabeledInputs,
@@ -23,8 +23,10 @@ from .data.views import RepeatedViews
 from .extra_optimizers import ExtraOptimizers
 from .features.adapters import Adapters
 from .features.hooks import warn_if_fixed
+from .features.layout import Aligner, Layouts
 from .features.student import StudentForward
 from .history import LossHistory, check_metrics
+from .losses._traits import name_of
 from .losses.evaluate import LossEvaluator, mix_of
 from .teacher.output import TeacherOutput
 from .teacher.teacher import Teacher
@@ -47,6 +49,7 @@ class Distiller:
         self._unlabeled = None if unlabeled is None else UnlabeledInputs(unlabeled)
         self._task_loss: Any = None  # of the learner, while a batch without labels has another
         self._more: tuple[Any, ...] = ()  # unlabeled inputs of this batch
+        self._layouts: tuple[Layouts, Layouts] | None = None  # of student and teacher, in this fit
         self._outs: list[TeacherOutput] = []  # of this batch, until they are known to be finite
         self._is_finite: DeferredBool | None = None  # the distillation loss of this batch
         self.no_labels = False  # in this batch?
@@ -64,7 +67,7 @@ class Distiller:
     def begin_fit(self, learn: Learner) -> None:
         "Do teacher, student, loss and data go together?"
         trial = hasattr(learn, "lr_finder")
-        self.checked, self._warned, self._class_dim = False, False, 1
+        self.checked, self._warned, self._class_dim, self._layouts = False, False, 1, None
         self.adapters.begin_fit(trial)
         self._extra.begin_fit(self.modules, trial)
         if self._unlabeled is not None:
@@ -77,6 +80,13 @@ class Distiller:
         self._student.hooks.layers(learn.model)
         self.teacher.meet_data(learn.dls, self.evaluator.names("teacher_pred"))
         self.evaluator.to_device_of(student)
+        names = self.evaluator.softmax_names()
+        if names and has_independent_classes(learn.loss_func):
+            warnings.warn(
+                f"the task loss {name_of(learn.loss_func)} is of independent classes, of which several or none may be "
+                f"true, but {', '.join(names)} compares one distribution over all classes: use MultiLabel",
+                stacklevel=2,
+            )
 
     def start(
         self,
@@ -117,22 +127,31 @@ class Distiller:
     def _evaluate(self, learn: Learner, batch: StudentBatch, pct: float) -> dict[str, Tensor]:
         assert self.teacher is not None
         dim, y = self._class_dim, None if self.no_labels else learn.y
-        reads = self.evaluator.any("reads_predictions") or bool(self._history.compares)
-        whole = not isinstance(batch.pred, Tensor)  # a student of several outputs gets the teacher's as they are
         out = self.teacher.forward(
-            batch.xb, self.evaluator.teacher, class_dim=dim, reads_predictions=reads, as_returned=whole
+            batch.xb,
+            self.evaluator.teacher,
+            class_dim=dim,
+            reads_predictions=self.evaluator.any("reads_predictions") or bool(self._history.compares),
+            as_returned=self.evaluator.reads_whole_outputs(batch.pred),
         )
         self._outs.append(out)
-        teacher_pred = None if not reads else out.output if whole else out.pred
         if batch.labeled != 0 and self._history.compares:
-            own = take_first(teacher_pred, size_of(learn.xb), len(batch))
-            ignored = getattr(learn.loss_func, "ignore_index", None)
-            self._history.compare(classes_first(plain(learn.pred), dim), classes_first(own, dim), plain(y), ignored)
-        outputs = {"pred": batch.pred, "teacher_pred": teacher_pred, "fm_s": batch.features, "fm_t": out.features}
+            self._compare(learn, batch, out, plain(y))
+        if self._layouts is None:
+            self._layouts = Layouts(unwrap(learn.model), "student"), Layouts(self.teacher.model, "teacher")
+        align = Aligner(*self._layouts, (pixels(batch.xb), out.pixels)).align
         with torch.autocast(learn.loss_grad.device.type, enabled=False):
             adapt = self.adapters.of(learn.model, self.teacher.model)
             mix = mix_of(learn) if learn.training else None
-            return self.evaluator.evaluate(outputs, y, mix, pct, adapt, dim, batch.labeled)
+            return self.evaluator.evaluate(
+                batch.pred, out, batch.features, y, mix, pct, align, adapt, dim, batch.labeled
+            )
+
+    def _compare(self, learn: Learner, batch: StudentBatch, out: TeacherOutput, y: Any) -> None:
+        "For agreement and the teacher's accuracy, of the labeled samples."
+        own, teachers = predictions(learn.pred, "the student"), take_first(out.pred, size_of(learn.xb), len(batch))
+        ignored, dim = getattr(learn.loss_func, "ignore_index", None), self._class_dim
+        self._history.compare(classes_first(plain(own), dim), classes_first(teachers, dim), y, ignored)
 
     def watch(self, kd: Tensor, training: bool) -> None:
         "Is the distillation loss finite? To be read later: the device is not waited for."
@@ -177,6 +196,7 @@ class Distiller:
             self._unlabeled.end_fit()
         self._extra.end_fit()
         self.adapters.end_fit()
+        self._layouts = None
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -23,6 +23,7 @@ from .losses._checks import total
 from .losses._traits import parameters_of
 from .losses.combine import parts_of
 from .losses.evaluate import LossEvaluator, mix_of
+from .teacher.output import TeacherOutput
 from .weighting import check_weights
 
 __all__ = ["MutualLearning"]
@@ -165,13 +166,12 @@ class MutualLearning(Callback):
         "The mean over the others."
         others = [p.detach() for j, p in enumerate(preds) if j != i]
         mix, pct = mix_of(self.learn), getattr(self, "pct_train", 1.0)
-        features: dict[str, Any] = {"fm_s": {}, "fm_t": {}}
         dim = class_dim(preds[i], self.y, self.peers[i - 1].loss_func if i else self.learn.loss_func)
         values = [
             value
             for p in others
             for value in self._evaluator.evaluate(
-                {"pred": preds[i], "teacher_pred": p} | features, self.y, mix, pct, class_dim=dim
+                preds[i], TeacherOutput(p, {}), {}, self.y, mix, pct, class_dim=dim
             ).values()
         ]
         return total(iter(values)) / len(others) if values else preds[i].new_zeros(())

@@ -121,6 +121,17 @@ def decoupled(s, t, y, T=4.0, alpha=1.0, beta=8.0, normalize=False, standardize=
     return T**2 * alpha * tckd + beta * nckd
 
 
+@row("MultiLabel", "sample", [*LOGITS, (3, 1)], [{"T": 2}])
+def multi_label(s, t, y, T=1.0):
+    p_s, p_t = (1 / (1 + np.exp(-z / T)) for z in (s, t))
+    return T**2 * np.mean(rel_entr(p_t, p_s) + rel_entr(1 - p_t, 1 - p_s))
+
+
+@row("HardTarget", "sample", LOGITS)
+def hard_target(s, t, y):
+    return -np.log(softmax(s)[max(range(len(t)), key=lambda i: t[i])])
+
+
 @row(
     "DIST",
     "batch",
@@ -139,13 +150,19 @@ def dist(s, t, beta=1.0, gamma=1.0, T=1.0):
 
 MAPS = [(3, 4, 5, 6), (1, 2, 3, 3), (4, 1, 2, 7), (2, 3, 2, 2)]
 CHANNELS = [((3, 4, 5, 5), (3, 7, 5, 5))]
+TOKENS = [(3, 5, 4), (2, 7, 3)]
 RANKS = [(3, 6), (3, 2, 7), (3, 2, 2, 2, 2)]
 
 
-@row("Attention", "layers", MAPS + CHANNELS, [{"p": p} for p in (1, 3, 4, 2.5)])
+def channels_first(f):
+    "Tokens (B, N, C) have them last."
+    return np.moveaxis(f, -1, 1) if f.ndim == 3 else f
+
+
+@row("Attention", "layers", [*MAPS, *CHANNELS, *TOKENS, ((3, 5, 4), (3, 5, 9))], [{"p": p} for p in (1, 3, 4, 2.5)])
 def attention(s, t, p=2.0):
     maps = []
-    for f in (s, t):
+    for f in map(channels_first, (s, t)):
         energy = np.stack([sum(abs(channel) ** p for channel in sample).ravel() for sample in f])
         maps.append(energy / np.sqrt((energy**2).sum(1, keepdims=True)))
     return np.mean((maps[0] - maps[1]) ** 2)
@@ -167,9 +184,16 @@ def boundaries(s, t, m=2.0):
     return total / s.size
 
 
-@row("CWD", "layers", [*MAPS, (2, 3, 7), (2, 3, 2, 3, 4)], [{"T": 1}])
+@row("Cosine", "layers", [*MAPS, *TOKENS, (3, 6)])
+def cosine(s, t):
+    a, b = (np.moveaxis(channels_first(f), 1, -1).reshape(-1, channels_first(f).shape[1]) for f in (s, t))
+    return np.mean([1 - u @ v / np.sqrt((u @ u) * (v @ v)) for u, v in zip(a, b, strict=True)])
+
+
+@row("CWD", "layers", [*MAPS, *TOKENS, (2, 3, 2, 3, 4)], [{"T": 1}])
 def cwd(s, t, T=4.0):
     total = 0.0
+    s, t = map(channels_first, (s, t))
     for f, g in zip(s.reshape(-1, s[0, 0].size), t.reshape(-1, t[0, 0].size), strict=True):  # channel by channel
         q, p = np.exp(f / T) / np.exp(f / T).sum(), np.exp(g / T) / np.exp(g / T).sum()
         total += np.sum(p * np.log(p / q))

@@ -358,16 +358,32 @@ def test_vectors_are_brought_to_the_teachers_width_by_a_linear_layer_and_batch_n
     assert [type(m) for m in kd.adapters["1->head"]] == [nn.Linear, nn.BatchNorm1d]
 
 
+class Lifted(Net):
+    "`lift` gives (B, 2, 4, H, W)."
+
+    def __init__(self):
+        super().__init__()
+        self.lift = nn.Unflatten(1, (2, 4))
+
+    def forward(self, x):
+        x = self.layer2(self.layer1(self.conv1(x)))
+        return self.head(self.lift(x).flatten(1, 2).mean((2, 3)))
+
+
 @pytest.mark.parametrize(
-    ("student", "teacher", "layers", "shapes"),
+    ("student", "teacher", "layers", "message"),
     [
-        (Tokens(4), Tokens(6, tokens=8), ("embed", "embed"), r"\(4, 16, 4\) and \(4, 8, 6\)"),
-        (Tokens(4), Net(), ("embed", "layer1"), r"\(4, 16, 4\) and \(4, 4, 8, 8\)"),
-        (Net(), Net(6), ("layer2", "head"), r"\(4, 8, 4, 4\) and \(4, 4\)"),
+        (Net(), Lifted(), ("layer2", "lift"), r"'lift' give \(4, 8, 4, 4\) and \(4, 2, 4, 4, 4\): pair other layers"),
+        (
+            Tokens(4),
+            Tokens(6, tokens=12),
+            ("embed", "embed"),
+            r"teacher gives \(4, 12, 6\) .* its 12 tokens are no grid",
+        ),
     ],
+    ids=["other dimensions", "tokens of no grid"],
 )
-def test_what_cannot_be_adapted_is_refused_with_names_and_shapes(make_learner, student, teacher, layers, shapes):
-    message = f"student layer '{layers[0]}' and teacher layer '{layers[1]}' give {shapes}: pair other layers"
+def test_what_cannot_be_adapted_is_refused_with_names_and_shapes(make_learner, student, teacher, layers, message):
     with pytest.raises(ValueError, match=message):
         make_learner(student).fit(1, cbs=auto(teacher, FitNet, *layers))
 

@@ -31,10 +31,13 @@ SCHEDULES += ["sched_oneshot", "sched_iterative", "sched_agp", "sched_onecycle",
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        ("fasterai_kd", LOSSES + CALLBACK + MORE + ["Schedule", "combine"]),
-        ("fasterai_kd.all", LOSSES + CALLBACK + MORE + ["combine"]),
+        ("fasterai_kd", LOSSES + CALLBACK + MORE + ["Schedule", "combine", "select"]),
+        ("fasterai_kd.all", LOSSES + CALLBACK + MORE + ["combine", "select"]),
         ("fasterai_kd.losses", [*LOSSES, "match_feature_layers"]),
-        ("fasterai_kd.losses.intermediate", ["Attention", "Similarity", "FitNet", "ActivationBoundaries", "CWD"]),
+        (
+            "fasterai_kd.losses.intermediate",
+            ["Attention", "Similarity", "FitNet", "ActivationBoundaries", "CWD", "Cosine"],
+        ),
         ("fasterai_kd.distillation_callback", CALLBACK),
         ("fasterai_kd.schedule", SCHEDULES),
     ],
@@ -80,7 +83,7 @@ def test_the_version_is_that_of_the_installed_package():
 PACKAGE = Path(fasterai_kd.__file__).parent
 FLOOR = {"_tensors", "_modules", "_class_axis", "_docs", "schedule"}  # imported by all, importing one another alone
 ROOMS = {  # may import, besides the floor
-    "losses": set(),
+    "losses": {"features.layout"},
     "features": set(),
     "teacher": {"features.hooks"},
     "data": set(),
@@ -88,7 +91,7 @@ ROOMS = {  # may import, besides the floor
     "history": set(),
     "extra_optimizers": set(),
     "_layer_similarity": {"features.hooks", "losses.matching"},
-    "mutual_learning": {"losses", "weighting"},
+    "mutual_learning": {"losses", "teacher.output", "weighting"},
     "distiller": {"losses", "features", "teacher", "data", "history", "extra_optimizers"},
     "distillation_callback": {"distiller", "losses", "teacher", "weighting", "history"},
     "distill": {"losses", "teacher", "distillation_callback"},

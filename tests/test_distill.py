@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CLASSES, IMAGES, First, Net, Several, hooks, same, state
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
@@ -13,7 +14,7 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFl
 from fastai.torch_core import params
 from torch import nn
 
-from fasterai_kd import Attention, EMATeacher, FitNet, KnowledgeDistillationCallback, Logits, SoftTarget
+from fasterai_kd import *
 from fasterai_kd.schedule import cos
 
 
@@ -40,6 +41,7 @@ class Dense(nn.Module):
         return self.head(self.body(x).relu())
 
 
+One = partial(Net, classes=1)
 classes = torch.arange(24) % CLASSES
 pixels = (torch.arange(24 * 16 * 16) % CLASSES).view(24, 16, 16)
 several = torch.nn.functional.one_hot(classes, CLASSES).float()
@@ -51,10 +53,13 @@ numbers = torch.randn(24, CLASSES, generator=torch.Generator().manual_seed(1))
     [
         (Net, classes, CrossEntropyLossFlat(), SoftTarget, "both predict the same 4 classes"),
         (Dense, pixels, CrossEntropyLossFlat(axis=1), SoftTarget, "both predict the same 4 classes"),
-        (Net, several, BCEWithLogitsLossFlat(), Logits, "both predict the same numbers, (4, 4)"),
+        (Net, several, BCEWithLogitsLossFlat(), MultiLabel, "both predict the same independent classes, (4, 4)"),
+        (Net, several, F.binary_cross_entropy_with_logits, MultiLabel, "both predict the same independent classes"),
+        (One, several[:, :1], BCEWithLogitsLossFlat(), MultiLabel, "both predict the same independent classes, (4, 1)"),
         (Net, numbers, MSELossFlat(), Logits, "both predict the same numbers, (4, 4)"),
+        (One, numbers[:, :1], MSELossFlat(), Logits, "both predict the same numbers, (4, 1)"),
     ],
-    ids=["classes", "segmentation", "several labels", "regression"],
+    ids=["classes", "segmentation", "several labels", "function", "single logit", "regression", "one number"],
 )
 def test_the_loss_is_picked_by_what_both_predict_and_it_says_why(capsys, net, targets, loss_func, expected, why):
     learn = quiet(Learner(dls_with(targets), net(), loss_func=loss_func))
@@ -204,3 +209,132 @@ def test_loaders_of_torch_do_as_well(teacher, capsys):
         found.append(state(learn.model))
     assert same(*found)
     assert "distill with SoftTarget" in capsys.readouterr().out
+
+
+# Encoders without a head
+
+
+def encoder(width=6):
+    net = Net(width)
+    net.head = nn.Identity()
+    return net
+
+
+def test_an_encoder_without_a_head_teaches_by_its_embeddings(make_learner, capsys):
+    kd = make_learner(Net()).distill(encoder(), 1, 1e-3)
+    assert kd.loss is Cosine
+    assert (kd.activations_student, kd.activations_teacher) == (["layer2"], ["output"])
+    assert [m[0].weight.shape for m in kd.adapters.values()] == [(12, 8)]
+    out = capsys.readouterr().out
+    assert (
+        "distill with Cosine, since the teacher is an encoder, whose embeddings (4, 12) the student is to give" in out
+    )
+
+
+def test_a_student_without_a_head_learns_the_embeddings_by_its_own(make_learner):
+    loaders = [torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES), batch_size=4) for _ in range(2)]
+    learn = quiet(Learner(DataLoaders(*loaders), encoder(), loss_func=CrossEntropyLossFlat()))
+    kd = learn.distill(encoder(), 2, 1e-2)
+    assert (kd.loss, kd.activations_student, kd.weight) == (Cosine, ["output"], 1.0)
+    assert sum(kd.history["kd_loss"][-4:]) < sum(kd.history["kd_loss"][:4])
+
+
+@pytest.mark.parametrize("kind", ["method", "dict"])
+def test_methods_and_dicts_of_embeddings_are_encoders_too(make_learner, kind):
+    class Clip(Net):
+        def encode_image(self, x):
+            return self(x)
+
+        def forward(self, x):
+            return super().forward(x) if kind == "method" else {"pooler_output": super().forward(x)}
+
+    net = Clip(classes=7)
+    assert make_learner(Net()).distill(net.encode_image if kind == "method" else net, 1).loss is Cosine
+
+
+def test_classifiers_of_other_classes_are_no_encoders(make_learner):
+    timm = pytest.importorskip("timm")
+    small = {"img_size": 16, "patch_size": 4, "depth": 4, "embed_dim": 12, "num_heads": 2}
+    vit, distilled = (f"{name}_patch16_224" for name in ("vit_tiny", "deit_tiny_distilled"))
+    for name, classes, loss in (
+        (vit, 7, Attention),
+        (distilled, 7, Attention),
+        (vit, 0, Cosine),
+        (vit, CLASSES, SoftTarget),
+    ):
+        net = timm.create_model(name, num_classes=classes, **small)
+        net.pretrained_cfg = {}  # which says how its published weights were trained
+        kd = make_learner(Net()).distill(net, 1)
+        assert kd.loss is loss
+
+
+# Numbers and independent classes
+
+
+def test_without_labels_a_regression_stays_one(capsys):
+    loaders = [torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES), batch_size=4) for _ in range(2)]
+    learn = quiet(Learner(DataLoaders(*loaders), Net(), loss_func=MSELossFlat()))
+    assert learn.distill(Net(), 1).loss is Logits
+
+
+@pytest.mark.parametrize(
+    "loss", [SoftTarget, DIST, Mutual, HardTarget, combine((SoftTarget, 1.0), (Logits, 1.0))], ids=str
+)
+def test_softmax_losses_warn_where_classes_are_independent_and_name_the_loss_for_them(loss):
+    learn = quiet(Learner(dls_with(several), Net(), loss_func=BCEWithLogitsLossFlat()))
+    with pytest.warns(UserWarning, match=r"BCEWithLogitsLoss is of independent classes.* use MultiLabel"):
+        learn.fit(1, 0.01, cbs=KnowledgeDistillationCallback(Net(), loss))
+
+
+@pytest.mark.parametrize("loss", [MultiLabel, Logits])
+def test_losses_for_independent_classes_do_not_warn(loss):
+    learn = quiet(Learner(dls_with(several), Net(), loss_func=BCEWithLogitsLossFlat()))
+    learn.fit(1, 0.01, cbs=KnowledgeDistillationCallback(Net(), loss))
+
+
+def test_multi_label_sees_a_constant_added_to_all_logits_which_soft_target_ignores():
+    s = torch.randn(4, 3)
+    assert SoftTarget(s, s + 2).item() == pytest.approx(0, abs=1e-6)
+    assert MultiLabel(s, s + 2) > 0.1
+
+
+# Labels that do not count
+
+
+@pytest.mark.parametrize("loss", [SoftTarget, DIST])
+def test_void_pixels_are_left_out_of_a_training(loss):
+    y = pixels.clone()
+    y[:, :8] = 255
+    found = []
+    for how in ("ignored", "cut"):
+        torch.manual_seed(4)
+        student, teacher = Dense(), Dense()
+        targets = CrossEntropyLossFlat(axis=1, ignore_index=255)
+        learn = quiet(Learner(dls_with(y), student, loss_func=targets))
+        chosen = partial(loss, ignore_index=255) if how == "ignored" else lower_half(loss)
+        kd = KnowledgeDistillationCallback(teacher, chosen)
+        learn.fit(1, 0.01, cbs=kd)
+        found.append(kd.history["kd_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def lower_half(loss):
+    def own(pred, teacher_pred, **kwargs):
+        return loss(pred[:, :, 8:], teacher_pred[:, :, 8:])
+
+    return own
+
+
+def test_unlabeled_images_count_beside_ignored_labels():
+    y = classes.clone()
+    y[::2] = 255
+    found = []
+    for loss in (partial(SoftTarget, ignore_index=255), SoftTarget):
+        torch.manual_seed(4)
+        learn = quiet(Learner(dls_with(y), Net(), loss_func=CrossEntropyLossFlat(ignore_index=255)))
+        loader = DataLoader([(x,) for x in IMAGES[:8]], bs=4, device=torch.device("cpu"))
+        kd = KnowledgeDistillationCallback(Net(), loss, unlabeled=loader)
+        learn.fit(1, 0.01, cbs=kd)
+        found.append(kd.history["kd_loss"][0])
+    assert found[0] > 0
+    assert found[0] != found[1]

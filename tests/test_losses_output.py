@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from test_losses import PREDICTIONS, batch, eighths, f64, law, losses, select, x23, y2
 from torch.testing import assert_close
 
-from fasterai_kd import DIST, DecoupledKD, Logits, Mutual, SoftTarget
+from fasterai_kd import DIST, DecoupledKD, HardTarget, Logits, MultiLabel, Mutual, SoftTarget
 
 MEANS = {label: case for label, case in PREDICTIONS.items() if case.row.of == "sample"}
 SOFTMAXES = select("SoftTarget", "Mutual", "DecoupledKD", "DIST", standardize=False)
@@ -114,7 +114,7 @@ def test_a_constant_added_to_all_logits_of_a_sample_changes_nothing(loss, b, c, 
     assert_close(loss(s + c * shift, t + d, target=y), loss(s, t, target=y))
 
 
-@losses(PREDICTIONS)
+@losses({label: c for label, c in PREDICTIONS.items() if c.name != "HardTarget"})  # of equal logits it takes the first
 @law
 @given(batches(), st.randoms(use_true_random=False))
 def test_order_of_samples_and_of_classes_makes_no_difference(loss, b, random):
@@ -318,3 +318,73 @@ def test_classes_that_the_teacher_rules_out_with_minus_infinity_count_nothing(lo
     torch.testing.assert_close(value, nearly)
     value.backward()
     assert s.grad.isfinite().all()
+
+
+# Labels that do not count
+
+IGNORING = [SoftTarget, Mutual, Logits, DIST, HardTarget, DecoupledKD]
+VOID = 255
+
+
+@pytest.mark.parametrize("loss", IGNORING, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3, 2)], ids=str)
+def test_what_is_ignored_counts_neither_in_the_value_nor_in_the_gradient(loss, shape):
+    s, t, y = batch(*shape)
+    void = torch.rand(y.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    rows_s, rows_t = (x.movedim(1, -1)[~void] for x in (s, t))
+    s.requires_grad_()
+    got = loss(s, t, target=y.masked_fill(void, VOID), ignore_index=VOID)
+    assert_close(got, loss(rows_s, rows_t, target=y[~void]))
+    got.backward()
+    grad = s.grad.movedim(1, -1)
+    assert (grad[void] == 0).all()
+    assert (grad[~void].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("loss", IGNORING, ids=lambda f: f.__name__)
+def test_where_all_are_ignored_the_loss_is_0_and_has_a_gradient(loss):
+    s, t, y = batch(4, 5)
+    got = loss(s.requires_grad_(), t, target=torch.full_like(y, VOID), ignore_index=VOID)
+    got.backward()
+    assert got == 0
+    assert (s.grad == 0).all()
+
+
+@pytest.mark.parametrize("loss", IGNORING[:-1], ids=lambda f: f.__name__)
+def test_samples_beyond_the_labels_have_none_and_count(loss):
+    s, t, y = batch(6, 5)
+    y = y.clone()
+    y[1] = VOID
+    keep = [0, 2, 3, 4, 5]
+    assert_close(loss(s, t, target=y[:3], ignore_index=VOID), loss(s[keep], t[keep]))
+    assert_close(loss(s, t, target=y[:0], ignore_index=VOID), loss(s, t))
+
+
+@pytest.mark.parametrize("loss", IGNORING[:-1], ids=lambda f: f.__name__)
+def test_ignoring_needs_labels(loss):
+    s, t, _ = batch(4, 5)
+    with pytest.raises(ValueError, match=f"{loss.__name__} ignores the label 255, so it needs `target`"):
+        loss(s, t, ignore_index=VOID)
+
+
+# Independent classes
+
+
+@law
+@given(eighths(4, 3), eighths(4, 3))
+def test_multi_label_is_soft_target_of_yes_and_no(s, t):
+    yes_no = [torch.stack([z, torch.zeros_like(z)], 1).movedim(1, -1).flatten(0, 1) for z in (s, t)]
+    assert_close(MultiLabel(s, t, T=2), SoftTarget(*yes_no, T=2))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 3), (2, 1, 3, 3)], ids=str)
+def test_multi_label_takes_single_logits_and_masks_and_sees_a_constant_added_to_all(shape):
+    z = torch.randn(shape, dtype=torch.float64)
+    assert MultiLabel(z, z) == 0
+    assert MultiLabel(z + 1, z) > 0
+
+
+def test_hard_target_is_cross_entropy_with_the_teachers_class():
+    s, t, _ = batch(6, 5)
+    assert_close(HardTarget(s, t), torch.nn.functional.cross_entropy(s, t.argmax(1)))
+    assert_close(HardTarget(s, t), HardTarget(s, 100 * t))

@@ -1,6 +1,7 @@
 "Which layers are paired, that the table tells the truth, and that the models are left as they were."
 
 import copy
+import math
 import pickle
 from collections import OrderedDict
 from functools import cache
@@ -260,17 +261,86 @@ def test_a_model_without_maps_in_it_is_an_error_that_says_none(net):
         match_feature_layers(Pools(9), net, IMAGE)
 
 
-def test_a_vision_transformer_whose_patches_match_nothing_is_an_error_that_says_what_to_do():
-    vit = tv.VisionTransformer(30, 5, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8)
-    expected = r"15x15 \(conv1\), .*, the teacher's 6x6 \(conv_proj\)\. Name layers by hand: .* vision transformer"
-    with pytest.raises(ValueError, match=expected):
-        match_feature_layers(model("resnet18"), vit, torch.randn(1, 3, 30, 30))
+# Transformers
 
 
-def test_a_vision_transformer_of_timm_whose_patches_match_nothing_is_an_error_that_says_what_to_do():
-    vit = pytest.importorskip("timm").create_model("vit_tiny_patch16_224", img_size=64, depth=1)
-    with pytest.raises(ValueError, match=r"the teacher's 4x4 \(patch_embed.proj\)\. Name layers by hand: "):
-        match_feature_layers(model("squeezenet1_1"), vit, torch.randn(1, 3, 64, 64))
+def vit(depth=4, size=32, **kwargs):
+    kwargs = {"img_size": size, "patch_size": 8, "depth": depth, "embed_dim": 24, "num_heads": 2, **kwargs}
+    return pytest.importorskip("timm").create_model("vit_tiny_patch16_224", **kwargs)
+
+
+X32 = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4, 6, 12])
+def test_maps_pair_with_the_blocks_of_a_vision_transformer_that_are_relatively_as_deep(depth):
+    pairs = match_feature_layers(model("resnet18"), vit(depth), X32)
+    n = min(4, depth)  # at 32x32 the last stage has one pixel
+    assert pairs["student"] == [STAGES[math.ceil(i * 4 / n) - 1] for i in range(1, n + 1)]
+    assert pairs["teacher"] == [f"blocks.{math.ceil(i * depth / n) - 1}" for i in range(1, n + 1)]
+    turned = match_feature_layers(vit(depth), model("resnet18"), X32)
+    assert list(turned.values()) == list(pairs.values())[::-1]
+
+
+def test_two_vision_transformers_pair_block_to_block():
+    assert match_feature_layers(vit(4), vit(4), X32)["teacher"] == [f"blocks.{i}" for i in range(4)]
+    assert match_feature_layers(vit(2), vit(6), X32) == {
+        "student": ["blocks.0", "blocks.1"],
+        "teacher": ["blocks.2", "blocks.5"],
+    }
+
+
+@pytest.mark.parametrize("kwargs", [{"patch_size": 4}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}])
+def test_patches_that_have_a_maps_resolution_and_tokens_before_them_change_nothing(kwargs):
+    pairs = match_feature_layers(model("resnet18"), vit(4, **kwargs), X32)
+    assert pairs == {"student": STAGES[:4], "teacher": [f"blocks.{i}" for i in range(4)]}
+    assert not any("patch" in line for line in str(pairs).splitlines())
+
+
+def test_the_table_shows_the_resolution_of_tokens():
+    rows = match_feature_layers(model("resnet18"), vit(4), X32).rows
+    assert [row.resolution for row in rows] == ["16x16 <-> 4x4", "8x8 <-> 4x4", "4x4", "2x2 <-> 4x4"]
+    assert rows[2].channels == "128 <-> 24"
+
+
+class Attends(nn.Module):
+    "Tokens, behind attention weights and a table that no sample changes."
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.softmax = nn.Conv2d(3, 4, 4, 4), nn.Softmax(-1)
+        self.own_softmax, self.table = Rows(), Table()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).mT
+        scores = x @ x.mT + self.table(x)
+        x = self.softmax(scores[:, None]).squeeze(1) @ self.own_softmax(scores[:, None]).squeeze(1) @ x
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+class Rows(nn.Module):
+    def forward(self, x):
+        return x.softmax(-1)
+
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 16, 16))
+
+    def forward(self, x):
+        return self.table.expand(len(x), -1, -1)
+
+
+def test_attention_weights_and_tables_that_no_sample_changes_are_never_offered():
+    assert chosen(Attends()) == ["blocks.0", "blocks.1"]
+
+
+def test_one_sample_is_compared_with_another_made_of_it_also_if_it_is_blank():
+    assert chosen(Attends(), torch.zeros(1, 3, 16, 16)) == ["blocks.0", "blocks.1"]
 
 
 # What may be given

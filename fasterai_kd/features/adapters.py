@@ -97,7 +97,8 @@ class Adapters:
             return s, t
         if key not in self.modules:
             self.modules[key] = self._new(c_s, c_t, s, student)
-        return self.modules[key].train(unwrap(student).training)(s), t
+        several = s.numel() > c_s  # BatchNorm has no statistics of a single sample
+        return self.modules[key].train(unwrap(student).training and several)(s), t
 
     def _new(self, c_s: int, c_t: int, s: Tensor, student: nn.Module) -> nn.Module:
         with torch.random.fork_rng([s.device] if s.is_cuda else []):  # the student's random numbers stay its own

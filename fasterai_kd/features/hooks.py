@@ -6,12 +6,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._modules import find_layer, is_compiled
-from .._tensors import only_tensor, plain
+from .._modules import find_layer, is_output, uncompiled
+from .._tensors import only_tensor, plain, predictions
 
 __all__ = ["FeatureHooks", "warn_if_fixed"]
 
@@ -41,16 +40,13 @@ class FeatureHooks:
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
-        "Hook the layers during a forward pass; a compiled model runs uncompiled, since compiled code skips hooks."
+        "Hook the layers during a forward pass, in which a compiled model runs uncompiled."
         if not self.names:
             yield
             return
         self.put_on(model)
         try:
-            if is_compiled(model):
-                with torch.compiler.set_stance("force_eager"):
-                    yield
-            else:
+            with uncompiled(model):
                 yield
         except BaseException:
             self.clear()
@@ -67,7 +63,9 @@ class FeatureHooks:
         "Hook the layers, for a new forward pass."
         self.take_off()
         self.clear()
-        self._handles = [m.register_forward_hook(partial(self._keep, name)) for name, m in self.layers(model).items()]
+        for name, layer in self.layers(model).items():
+            find = predictions if is_output(model, name) else only_tensor
+            self._handles += [layer.register_forward_hook(partial(self._keep, name, find))]
 
     def take_off(self) -> None:
         "Remove the hooks."
@@ -94,10 +92,10 @@ class FeatureHooks:
         "A model copied or saved while it is hooked has hooks that keep nothing."
         return FeatureHooks, ((), self.whose)
 
-    def _keep(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
+    def _keep(self, name: str, find: Any, layer: nn.Module, args: Any, output: Any) -> None:
         if name not in self.names:  # copied with its model
             return
-        output, key = only_tensor(output, f"layer {name!r} of the {self.whose}"), (name, layer.training)
+        output, key = find(output, f"layer {name!r} of the {self.whose}"), (name, layer.training)
         overwritten = self._overwritten.get(key)
         if not overwritten:
             self._outputs[key] = (output, output._version)

@@ -12,12 +12,15 @@ from ._traits import unequal_losses
 
 __all__ = [
     "Features",
+    "channel_dim",
     "check_temperature",
     "class_indices",
+    "counted",
     "equal_pairs",
     "finite",
     "kl",
     "logits",
+    "mean",
     "pairs",
     "same_shape",
     "total",
@@ -71,6 +74,32 @@ def class_indices(loss: str, target: Tensor, s: Tensor) -> Tensor:
     return y.long().unsqueeze(1)
 
 
+def counted(
+    loss: str,
+    s: Tensor,  # of the student (N, C, ...)
+    target: Tensor | None,  # class indices of all samples, or of the first ones: the others have no labels, and count
+    ignore_index: int | None,
+) -> Tensor | None:
+    "Which samples or positions count, (N, ...); None: all."
+    if ignore_index is None:
+        return None
+    if target is None:
+        raise ValueError(f"{loss} ignores the label {ignore_index}, so it needs `target`, the labels")
+    n = len(target)
+    if n == 0:
+        return None
+    counts = torch.ones(s.shape[:1] + s.shape[2:], dtype=torch.bool, device=s.device)
+    counts[:n] = class_indices(loss, target, s[:n]).squeeze(1) != ignore_index
+    return counts
+
+
+def mean(values: Tensor, counts: Tensor | None) -> Tensor:
+    "Of those that count; 0 if none does."
+    if counts is None:
+        return values.mean()
+    return values.masked_fill(~counts, 0).sum() / counts.sum().clamp(min=1)
+
+
 def kl(s: Tensor, t: Tensor, T: float = 1) -> Tensor:
     "KL(softmax(t / T) ‖ softmax(s / T)) over dim 1."
     log_s, log_t = (s / T).log_softmax(1), finite((t / T).log_softmax(1))
@@ -112,6 +141,11 @@ def equal_pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str
         if s.stride() != t.stride():  # channels_last, say: one copy is cheaper than each step across two formats
             t = torch.empty_like(s).copy_(t)
         yield names, s, t
+
+
+def channel_dim(f: Tensor) -> int:
+    "1 of maps and vectors, the last of tokens (B, N, C)."
+    return 2 if f.ndim == 3 else 1
 
 
 def total(losses: Iterator[Tensor]) -> Tensor:

@@ -1,7 +1,7 @@
 "What the library knows of a loss beyond its signature, and the registry of its own losses."
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import partial, wraps
 from typing import Any, TypeVar
@@ -12,6 +12,8 @@ __all__ = [
     "REGISTRY",
     "feature_loss",
     "function_of",
+    "ignores_labels",
+    "is_own",
     "logit_loss",
     "name_of",
     "parameters_of",
@@ -24,8 +26,10 @@ OUTPUTS = ("pred", "teacher_pred", "fm_s", "fm_t", "target")
 DEFAULTS = {
     "over_classes": False,  # compares distributions over the classes in dim 1
     "raw_outputs": False,  # compares outputs as they are: log-probabilities in their place are something else
-    "reads_predictions": True,  # of the teacher
+    "reads_predictions": None,  # of the teacher; None: if it names them, or no features
     "same_shape": None,  # needs features of equal shapes, so that an adapter is for it; None: if it names features
+    "compares_positions": False,  # of features: tokens and maps are brought to one form
+    "needs_labels": None,  # None: if it names `target`
     "reduction": False,  # takes reduction="none", which gives one value a sample
 }
 Loss = TypeVar("Loss", bound=Callable[..., Any])
@@ -36,17 +40,33 @@ def logit_loss(
     over_classes: bool = False,
     raw_outputs: bool = False,
     reduction: bool = False,
+    needs_labels: bool = False,
 ) -> Callable[[Loss], Loss]:
     "Registers a loss on predictions, with its traits."
-    return partial(_register, over_classes=over_classes, raw_outputs=raw_outputs, reduction=reduction, same_shape=False)
+    return partial(
+        _register,
+        over_classes=over_classes,
+        raw_outputs=raw_outputs,
+        reduction=reduction,
+        needs_labels=needs_labels,
+        reads_predictions=True,
+        same_shape=False,
+    )
 
 
 def feature_loss(
     *,
     same_shape: bool = False,
+    compares_positions: bool = False,
 ) -> Callable[[Loss], Loss]:
     "Registers a loss on features alone, with its traits."
-    return partial(_register, reads_predictions=False, same_shape=same_shape)
+    return partial(
+        _register,
+        reads_predictions=False,
+        needs_labels=False,
+        same_shape=same_shape,
+        compares_positions=compares_positions,
+    )
 
 
 def _register(loss: Loss, **traits: Any) -> Loss:
@@ -74,7 +94,24 @@ def trait(
     value = getattr(own, name, default)
     if hasattr(own, "__wrapped__") and value == getattr(own.__wrapped__, name, default):
         value = default
-    return "fm_s" in parameters_of(loss) if name == "same_shape" and value is None else value
+    return _by_names(name, parameters_of(loss)) if value is None else value
+
+
+def _by_names(name: str, params: Mapping[str, Any]) -> bool:
+    "A trait of a function by what it calls its arguments."
+    if name == "reads_predictions":
+        return "teacher_pred" in params or "fm_s" not in params
+    return {"same_shape": "fm_s", "needs_labels": "target"}[name] in params
+
+
+def ignores_labels(loss: Callable[..., Any]) -> bool:
+    "Is it told of a label that does not count?"
+    return getattr(loss, "keywords", {}).get("ignore_index") is not None
+
+
+def is_own(loss: Callable[..., Any]) -> bool:
+    "Is it the user's, and none of this library?"
+    return function_of(loss) not in REGISTRY.values()
 
 
 def unequal_losses() -> list[str]:

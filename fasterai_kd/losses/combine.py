@@ -3,18 +3,19 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from fastcore.basics import listify
 from torch import Tensor
 
-from .._tensors import by_position
+from .._tensors import by_position, one_of, plain
 from ..schedule import factor_at
 from ._checks import total
 from ._traits import name_of
 
-__all__ = ["CombinedLoss", "Part", "combine", "parts_of"]
+__all__ = ["CombinedLoss", "Part", "SelectedLoss", "combine", "parts_of", "select"]
 
 _RESERVED = ("task_loss", "kd_loss", "weight")
 Pairs = Mapping[str, Sequence[str]]
@@ -97,6 +98,37 @@ def combine(
             part = replace(part, name=f"{part.name}_{n}")
         made.append(part)
     return CombinedLoss(made)
+
+
+class SelectedLoss(partial):  # type: ignore[type-arg]
+    "A loss that picks what it reads among several outputs; else it is the loss that it was made of."
+
+    outputs: tuple[Any, Any]  # of student and teacher
+
+    def __call__(self, pred: Any = None, teacher_pred: Any = None, **kwargs: Any) -> Tensor:
+        student, teacher = self.outputs
+        pred, teacher_pred = one_of(pred, student, "the student"), one_of(teacher_pred, teacher, "the teacher")
+        loss: Tensor = super().__call__(pred=plain(pred), teacher_pred=plain(teacher_pred), **kwargs)
+        return loss
+
+
+def select(
+    loss: Callable[..., Tensor],  # of predictions
+    student: Any = None,  # the student's output: key of its dict, index in its tuple, or a function of all
+    teacher: Any = None,  # the teacher's, likewise
+) -> Callable[..., Tensor]:
+    """`loss` of one of several outputs: `select(SoftTarget, "species", "species")`, also as a part of `combine`.
+
+    None stands for the predictions: 'logits' or 'out' of a dict, the first of a tuple. A model that returns a single
+    tensor, as one with a distillation token does in evaluation mode, has no others: it is taken as it is.
+
+    Raises TypeError for a combined loss, ValueError at the first batch for an output that the model does not have.
+    """
+    if isinstance(loss, (CombinedLoss, SelectedLoss)) or not callable(loss):
+        raise TypeError(f"select takes one loss, got {loss!r}: give combine parts, as (select(Mutual, 1), 0.5)")
+    selected = SelectedLoss(loss)
+    selected.outputs = student, teacher
+    return selected
 
 
 def parts_of(loss: Callable[..., Tensor]) -> list[Part]:

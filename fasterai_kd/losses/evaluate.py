@@ -13,14 +13,17 @@ from fastcore.basics import detuplify
 from torch import Tensor, nn
 
 from .._class_axis import as_rows, classes_first
-from .._tensors import map_tensors, plain, shape_of
+from .._tensors import map_tensors, plain, predictions, shape_of
 from ..schedule import check_schedule
-from ._traits import REGISTRY, function_of, parameters_of, trait
-from .combine import CombinedLoss, Part, parts_of
+from ._traits import function_of, ignores_labels, is_own, parameters_of, trait
+from .combine import CombinedLoss, Part, SelectedLoss, parts_of
 
 __all__ = ["LossEvaluator", "mix_of"]
 
-Adapt = Callable[[Any, Any], dict[str, Any]]  # features of student and teacher → of equal shapes
+Align = Callable[
+    [Any, Any, bool], dict[str, Any]
+]  # features of student and teacher → in one form; may maps be averaged?
+Adapt = Callable[[Any, Any], dict[str, Any]]  # likewise → of equal shapes
 
 
 class LossEvaluator:
@@ -49,16 +52,10 @@ class LossEvaluator:
             _check_layers(pairs["student"], pairs["teacher"], self._params[p.name])
             together |= dict.fromkeys(zip(pairs["student"], pairs["teacher"], strict=True))
         self.student, self.teacher = ([pair[side] for pair in together] for side in (0, 1))
-        if student and all(
-            function_of(p.loss) in REGISTRY.values() and "fm_s" not in self._params[p.name] for p in self.parts
-        ):
+        if student and all(not is_own(p.loss) and "fm_s" not in self._params[p.name] for p in self.parts):
             warnings.warn(
                 f"{', '.join(p.name for p in self.parts)} reads no layers: those given are not used", stacklevel=2
             )
-
-    def _may_read_layers(self, part: Part) -> bool:
-        "A function of the user's own may, by **kwargs."
-        return "fm_s" in self._params[part.name] or function_of(part.loss) not in REGISTRY.values()
 
     @property
     def takes_adapters(self) -> bool:
@@ -73,7 +70,7 @@ class LossEvaluator:
     @property
     def modules(self) -> list[nn.Module]:
         "Losses that are modules."
-        return [p.loss for p in self.parts if isinstance(p.loss, nn.Module)]
+        return [f for p in self.parts if isinstance(f := function_of(p.loss), nn.Module)]
 
     def to_device_of(self, student: nn.Module) -> None:
         "Losses that are modules; the learner has moved the student to its device."
@@ -90,53 +87,66 @@ class LossEvaluator:
         "Has a part this output in its signature?"
         return any(output in params for params in self._params.values())
 
+    def softmax_names(self) -> list[str]:
+        "Of the parts that compare one distribution over the classes."
+        return [p.name for p in self.parts if trait(p.loss, "over_classes")]
+
+    def reads_whole_outputs(
+        self,
+        pred: Any,  # of the student
+    ) -> bool:
+        "Does a part read more of what the teacher's model returns than its predictions?"
+        return any(_reads_whole(p, pred) for p in self.parts)
+
     def evaluate(
         self,
-        outputs: dict[str, Any],  # pred, teacher_pred, fm_s and fm_t
-        y: Any,  # the target
+        pred: Any,  # what the student returned
+        out: Any,  # the `TeacherOutput`
+        fm_s: dict[str, Tensor],  # the student's features
+        y: Any,  # the target; None: there are no labels
         mix: MixHandler | None,  # MixUp or CutMix, if it mixes the task loss of this batch
         pct: float,  # share of the training done
+        align: Align | None = None,  # None: there are no features
         adapt: Adapt | None = None,
         class_dim: int = 1,  # where the predictions have their classes
         labeled: int | None = None,  # how many samples, the first ones, have labels; None: all
     ) -> dict[str, Tensor]:
         """The values by name. A part whose weight is 0 by now has none.
 
-        The first batch computes all parts nevertheless, so that mistakes show. Parts that use labels see the samples
+        The first batch computes all parts nevertheless, so that mistakes show. Parts that need labels see the samples
         that have some.
         """
-        outputs, y = {name: x if isinstance(x, dict) else plain(x) for name, x in outputs.items()}, plain(y)
-        values = {}
+        y, values = plain(y), {}
         for p in self.parts:
-            weight, given = p.weight_at(pct), outputs
-            if labeled is not None and "target" in self._params[p.name]:
+            weight = p.weight_at(pct)
+            if not weight and self._checked:
+                continue
+            outputs = _predictions(p, pred, out) | p.select(fm_s, out.features)
+            if labeled is not None and trait(p.loss, "needs_labels"):
                 if not labeled:
                     continue
-                given = map_tensors(lambda x: x[:labeled], outputs)
-            if weight or not self._checked:
-                value = self._value(p, *self._arranged(p, given, y, class_dim, mix), mix, adapt)
+                outputs = map_tensors(lambda x: x[:labeled], outputs)
+            value = self._value(p, *_arranged(p, outputs, y, class_dim, mix), mix, align, adapt)
             if weight:
                 values[p.name] = weight * value
         self._checked = True
         return values
 
-    def _arranged(
-        self, part: Part, outputs: dict[str, Any], y: Any, class_dim: int, mix: MixHandler | None
-    ) -> tuple[dict[str, Any], Any]:
-        "With the classes in dim 1 for a loss over classes: as rows, which is faster; mixed samples must stay together."
-        if class_dim == 1 or not trait(part.loss, "over_classes"):
-            return outputs, y
-        arrange = partial(classes_first, dim=class_dim) if mix is not None else as_rows
-        labels = y.flatten() if mix is None and isinstance(y, Tensor) else y
-        return outputs | {who: arrange(outputs.get(who)) for who in ("pred", "teacher_pred")}, labels
-
     def _value(
-        self, part: Part, outputs: dict[str, Any], y: Any, mix: MixHandler | None, adapt: Adapt | None
+        self,
+        part: Part,
+        outputs: dict[str, Any],
+        y: Any,
+        mix: MixHandler | None,
+        align: Align | None,
+        adapt: Adapt | None,
     ) -> Tensor:
-        outputs = outputs | part.select(outputs["fm_s"], outputs["fm_t"])
-        if adapt is not None and part.name in self._adapts:
+        adapts = adapt is not None and part.name in self._adapts
+        if align is not None and (adapts or trait(part.loss, "compares_positions")):
+            outputs |= align(outputs["fm_s"], outputs["fm_t"], part.name in self._adapts)
+        if adapt is not None and adapts:
             outputs |= adapt(outputs["fm_s"], outputs["fm_t"])
-        if mix is None or "target" not in self._params[part.name]:
+        if mix is None or not (trait(part.loss, "needs_labels") or ignores_labels(part.loss)):
             value = self._call(part, outputs, adapt, target=y)
         else:  # the loss on two labels, mixed: of each sample where it can tell, else of the batch
             each = {"reduction": "none"} if trait(part.loss, "reduction") else {}
@@ -166,6 +176,33 @@ class LossEvaluator:
         if "out of bounds" in error and "ignore_index" in self._params[part.name]:
             hint = ". Labels must be classes; void ones are left out with ignore_index"
         return f"It got {', '.join(shapes)}{hint}"
+
+
+def _reads_whole(part: Part, pred: Any) -> bool:
+    "A loss of one's own gets the teacher's outputs as they are where the student has several too."
+    return isinstance(part.loss, SelectedLoss) or (is_own(part.loss) and not isinstance(pred, Tensor))
+
+
+def _predictions(part: Part, pred: Any, out: Any) -> dict[str, Any]:
+    "Of student and teacher, one tensor each unless the loss reads whole outputs."
+    if _reads_whole(part, pred):
+        return {"pred": plain(pred), "teacher_pred": plain(out.output)}
+    if not trait(part.loss, "reads_predictions"):
+        return {"pred": plain(pred), "teacher_pred": None}
+    return {"pred": plain(predictions(pred, "the student")), "teacher_pred": out.pred}
+
+
+def _arranged(
+    part: Part, outputs: dict[str, Any], y: Any, class_dim: int, mix: MixHandler | None
+) -> tuple[dict[str, Any], Any]:
+    "With the classes in dim 1 for a loss over classes: as rows, which is faster; mixed samples must stay together."
+    if y is None and ignores_labels(part.loss):
+        y = torch.empty(0)  # no sample has a label to ignore
+    if class_dim == 1 or not (trait(part.loss, "over_classes") or ignores_labels(part.loss)):
+        return outputs, y
+    arrange = partial(classes_first, dim=class_dim) if mix is not None else as_rows
+    labels = y.flatten() if mix is None and isinstance(y, Tensor) else y
+    return outputs | {who: arrange(outputs.get(who)) for who in ("pred", "teacher_pred")}, labels
 
 
 def mix_of(learn: Learner) -> MixHandler | None:

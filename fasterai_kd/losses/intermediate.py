@@ -11,31 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._tensors import shape_of
-from ._checks import Features, check_temperature, equal_pairs, kl, pairs, total
+from ._checks import Features, channel_dim, check_temperature, equal_pairs, kl, pairs, total
 from ._traits import feature_loss
 from .relations import Similarity
 
-__all__ = ["CWD", "ActivationBoundaries", "Attention", "FitNet", "Similarity"]
+__all__ = ["CWD", "ActivationBoundaries", "Attention", "Cosine", "FitNet", "Similarity"]
 
 
-@feature_loss()
+@feature_loss(compares_positions=True)
 def Attention(
-    fm_s: Features,  # student feature maps (B, C, H, W) by layer
-    fm_t: Features,  # teacher feature maps (B, C', H', W') by layer
+    fm_s: Features,  # student feature maps (B, C, H, W), or tokens (B, N, C), by layer
+    fm_t: Features,  # teacher feature maps (B, C', H', W'), or tokens (B, N, C'), by layer
     p: float = 2,  # power of the activations
     **kwargs: Any,
 ) -> Tensor:
     """Mean squared difference of the attention maps: mean over channels of `|F|^p`, of unit norm over H·W.
 
-    Channels may differ. Of maps with unequal H×W the larger is average-pooled to the smaller.
+    Channels may differ. Of maps with unequal H×W the larger is average-pooled to the smaller. Tokens are positions.
 
-    Raises ValueError for missing layers, unequal batches, 1×1 maps, or features that are not (B, C, H, W).
+    Raises ValueError for missing layers, unequal batches, 1×1 maps, unequal numbers of tokens, or other features.
     Source: Zagoruyko & Komodakis, "Paying More Attention to Attention", ICLR 2017, eq. 2.
     """
     return total(_attention(p, *pair) for pair in pairs("Attention", fm_s, fm_t))
 
 
-@feature_loss(same_shape=True)
+@feature_loss(same_shape=True, compares_positions=True)
 def FitNet(
     fm_s: Features,  # student features by layer
     fm_t: Features,  # teacher features by layer, of the same shapes
@@ -49,7 +49,7 @@ def FitNet(
     return total(F.mse_loss(s, t) for _, s, t in equal_pairs("FitNet", fm_s, fm_t))
 
 
-@feature_loss(same_shape=True)
+@feature_loss(same_shape=True, compares_positions=True)
 def ActivationBoundaries(
     fm_s: Features,  # student features by layer, best before the activation function
     fm_t: Features,  # teacher features by layer, of the same shapes
@@ -64,9 +64,9 @@ def ActivationBoundaries(
     return total(_boundaries(s, t, m) for _, s, t in equal_pairs("ActivationBoundaries", fm_s, fm_t))
 
 
-@feature_loss(same_shape=True)
+@feature_loss(same_shape=True, compares_positions=True)
 def CWD(
-    fm_s: Features,  # student feature maps (B, C, H, W) by layer; any number of dimensions after the channels
+    fm_s: Features,  # student feature maps (B, C, H, W) or (B, C, D, H, W), or tokens (B, N, C), by layer
     fm_t: Features,  # teacher feature maps by layer, of the same shapes
     T: float = 4.0,  # temperature
     **kwargs: Any,
@@ -80,13 +80,32 @@ def CWD(
     return total(_channels(T, *pair) for pair in equal_pairs("CWD", fm_s, fm_t))
 
 
+@feature_loss(same_shape=True, compares_positions=True)
+def Cosine(
+    fm_s: Features,  # student embeddings (B, C), tokens (B, N, C) or feature maps (B, C, H, W) by layer
+    fm_t: Features,  # teacher features by layer, of the same shapes
+    **kwargs: Any,
+) -> Tensor:
+    """1 - the cosine between the feature vectors along the channels, mean over samples and positions.
+
+    For embeddings and encoders, whose features mean something by their direction. The channels may differ with
+    `adapter="auto"`. The callback averages a map, or tokens, where the other side is a vector.
+
+    Raises ValueError for missing layers or unequal shapes.
+    Source: Ranzinger et al., "AM-RADIO: Agglomerative Vision Foundation Model", CVPR 2024, section 3: summary features.
+    """
+    return total(_cosine(s, t) for _, s, t in equal_pairs("Cosine", fm_s, fm_t))
+
+
 def _attention(p: float, names: str, s: Tensor, t: Tensor) -> Tensor:
-    if s.ndim != 4 or t.ndim != 4:
+    if s.ndim != t.ndim or s.ndim not in (3, 4) or (s.ndim == 3 and s.shape[1] != t.shape[1]):
         raise ValueError(
-            f"Attention compares feature maps (B, C, H, W), but {names} give {shape_of(s)} and {shape_of(t)}: "
-            "name layers with maps, or use Similarity"
+            f"Attention compares feature maps (B, C, H, W), or equally many tokens (B, N, C), but {names} give "
+            f"{shape_of(s)} and {shape_of(t)}: name layers with maps, or use Similarity"
         )
     a_s, a_t = _attention_map(s, p), _attention_map(t, p)
+    if s.ndim == 3:
+        return F.mse_loss(F.normalize(a_s), F.normalize(a_t))
     size = (min(s.shape[2], t.shape[2]), min(s.shape[3], t.shape[3]))
     if size == (1, 1):
         raise ValueError(f"Attention compares where maps are large, but of {names} one has 1x1 pixels: name others")
@@ -96,7 +115,8 @@ def _attention(p: float, names: str, s: Tensor, t: Tensor) -> Tensor:
 
 
 def _attention_map(f: Tensor, p: float) -> Tensor:
-    return (f * f if p == 2 else f.abs().pow(p)).sum(1) / f.shape[1]  # the mean, cheaper in backward
+    dim = channel_dim(f)
+    return (f * f if p == 2 else f.abs().pow(p)).sum(dim) / f.shape[dim]  # the mean, cheaper in backward
 
 
 def _boundaries(s: Tensor, t: Tensor, m: float) -> Tensor:
@@ -106,7 +126,12 @@ def _boundaries(s: Tensor, t: Tensor, m: float) -> Tensor:
     return F.mse_loss(s, goal)
 
 
+def _cosine(s: Tensor, t: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(s, t, channel_dim(s)).mean()
+
+
 def _channels(T: float, names: str, s: Tensor, t: Tensor) -> Tensor:
+    s, t = (x.movedim(channel_dim(x), 1) for x in (s, t))
     if s.ndim < 3 or s.shape[2:].numel() < 2:
         raise ValueError(
             f"CWD compares the positions of each channel, but {names} give {shape_of(s)}: "

@@ -1,23 +1,19 @@
 "Which layer of the student goes with which layer of the teacher."
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-import torch
-from fastai.callback.hook import Hooks
 from fastai.learner import Learner
-from fastcore.basics import tuplify
 from torch import Tensor, nn
 
-from .._modules import evaluating
-from .._tensors import map_tensors
+from ._stages import Stages, find_stages
 from ._traits import unequal_losses
 
 __all__ = ["LayerPair", "LayerPairs", "get_model_layers", "get_module_by_name", "match_feature_layers"]
 
-_SKIPPED = (nn.ReLU, nn.ReLU6, nn.BatchNorm2d, nn.Dropout, nn.Identity)
-_Shapes = dict[str, tuple[int, ...]]
+_Shapes = Mapping[str, tuple[int, ...]]
 
 
 def get_model_layers(
@@ -51,6 +47,9 @@ def match_feature_layers(
     shallowest in the tree of modules is taken, of equally deep ones the one that runs last. Activations, BatchNorm,
     Dropout and Identity do not count, nor do 1×1 maps. Both models are left as they were.
 
+    Of a transformer the blocks count, never the embedding of the patches, a projection of the pixels. A plain vision
+    transformer has one resolution, so its L blocks pair by relative depth: map i of n goes with block ⌈i·L/n⌉.
+
     Returns `{"student": [names], "teacher": [names]}`, which prints as a table.
     Raises ValueError if no resolution is shared.
     """
@@ -60,16 +59,14 @@ def match_feature_layers(
             "dls.one_batch()[0]"
         )
     models = [m.model if isinstance(m, Learner) else m for m in (student_model, teacher_model)]
-    student, teacher = (_map_shapes(m, sample_input) for m in models)
-    by_res_s, by_res_t = _best_by_resolution(student), _best_by_resolution(teacher)
-    shared = sorted(by_res_s.keys() & by_res_t.keys(), key=lambda r: (r[0] * r[1], r[0]), reverse=True)
-    if not shared:
+    student, teacher = (find_stages(m, sample_input) for m in models)
+    names = _by_resolution(student, teacher) or _by_depth(student, teacher)
+    if not names:
         raise ValueError(
-            f"no resolution is shared: the student's maps are {_list(by_res_s)}, the teacher's {_list(by_res_t)}. "
-            "Name layers by hand: Attention takes maps of any resolution, Similarity any features "
-            "(of a vision transformer, say, where they are (B, tokens, channels))"
+            f"no resolution is shared: the student's maps are {student}, the teacher's {teacher}. "
+            "Name layers by hand: Attention takes maps of any resolution, Similarity any features"
         )
-    return LayerPairs([by_res_s[r] for r in shared], [by_res_t[r] for r in shared], student, teacher)
+    return LayerPairs([s for s, _ in names], [t for _, t in names], student.shapes, teacher.shapes)
 
 
 class LayerPair(NamedTuple):
@@ -100,11 +97,15 @@ class LayerPairs(dict[str, list[str]]):
     def __repr__(self) -> str:
         if len(self["student"]) != len(self["teacher"]):  # being edited
             return super().__repr__()
-        w_s, w_t = (max([w, *map(len, self[who])]) for w, who in ((12, "student"), (16, "teacher")))
-        lines = [f"{'Student':<{w_s + 4}} {'Teacher':<{w_t}} {'resolution':<12} {'channels':<12} losses that fit"]
-        for s, t, resolution, channels, fit in self.rows:
-            lines += [f"{s:<{w_s}} <-> {t:<{w_t}} {resolution:<12} {channels:<12} {fit}".rstrip()]
-        if any(row.fit not in ("", "all") for row in self.rows):
+        rows = self.rows
+        least = LayerPair(" " * 12, " " * 16, " " * 12, " " * 12)  # so wide at least
+        w_s, w_t, w_res, w_ch = (max(len(row[i]) for row in (*rows, least)) for i in range(4))
+        lines = [
+            f"{'Student':<{w_s + 4}} {'Teacher':<{w_t}} {'resolution':<{w_res}} {'channels':<{w_ch}} losses that fit"
+        ]
+        for s, t, resolution, channels, fit in rows:
+            lines += [f"{s:<{w_s}} <-> {t:<{w_t}} {resolution:<{w_res}} {channels:<{w_ch}} {fit}".rstrip()]
+        if any(row.fit not in ("", "all") for row in rows):
             lines += ["The other losses fit unequal layers with adapter='auto'."]
         return "\n".join(lines)
 
@@ -117,36 +118,19 @@ class LayerPairs(dict[str, list[str]]):
         return LayerPair(s, t, " <-> ".join(sizes), f"{c_s} <-> {c_t}", fit)
 
 
-def _map_shapes(model: nn.Module, sample_input: Tensor | tuple[Tensor, ...]) -> _Shapes:
-    "(C, H, W) of each layer that gives maps, in the order in which the layers run."
-    names = {m: name for name, m in model.named_modules() if name and not isinstance(m, _SKIPPED)}
-    shapes: _Shapes = {}
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4:
-            shapes[names[module]] = tuple(output.shape[1:])
-
-    param = next(model.parameters(), torch.empty(0))
-    xb = [map_tensors(lambda t: t.to(param.device), x) for x in tuplify(sample_input)]
-    if len(xb) == 1 and isinstance(xb[0], Tensor) and xb[0].ndim == 3:
-        xb = [xb[0].unsqueeze(0)]
-    with torch.no_grad(), evaluating(model), Hooks(names, note, detach=False):
-        try:
-            model(*xb)
-        except TypeError as e:
-            hint = "sample_input is what the model is called with, without labels: of a batch (x, y) give x"
-            raise TypeError(f"{type(model).__name__}: {e}. {hint}") from e
-    return shapes
+def _by_resolution(student: Stages, teacher: Stages) -> list[tuple[str, str]]:
+    "None of those with one resolution, as vision transformers have."
+    if student.is_isotropic or teacher.is_isotropic:
+        return []
+    s, t = student.by_resolution, teacher.by_resolution
+    shared = sorted(s.keys() & t.keys(), key=lambda r: (r[0] * r[1], r[0]), reverse=True)
+    return [(s[r], t[r]) for r in shared]
 
 
-def _best_by_resolution(shapes: _Shapes) -> dict[tuple[int, ...], str]:
-    best: dict[tuple[int, ...], str] = {}
-    for name, (_, *res) in shapes.items():
-        r = tuple(res)
-        if r != (1, 1) and (r not in best or name.count(".") <= best[r].count(".")):
-            best[r] = name
-    return best
-
-
-def _list(by_res: dict[tuple[int, ...], str]) -> str:
-    return ", ".join(f"{h}x{w} ({name})" for (h, w), name in by_res.items()) or "none"
+def _by_depth(student: Stages, teacher: Stages) -> list[tuple[str, str]]:
+    "Of the longer list the layers that are relatively as deep as those of the shorter one."
+    if not (student.is_transformer or teacher.is_transformer):
+        return []
+    s, t = student.in_order, teacher.in_order
+    n = min(len(s), len(t))
+    return [(s[-(-i * len(s) // n) - 1], t[-(-i * len(t) // n) - 1]) for i in range(1, n + 1)]

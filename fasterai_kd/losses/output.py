@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import class_indices, finite, kl, logits, same_shape
+from ._checks import check_temperature, class_indices, counted, finite, kl, logits, mean, same_shape
 from ._traits import logit_loss
 
-__all__ = ["DIST", "DecoupledKD", "Logits", "Mutual", "SoftTarget"]
+__all__ = ["DIST", "DecoupledKD", "HardTarget", "Logits", "MultiLabel", "Mutual", "SoftTarget"]
 
 
 @logit_loss(over_classes=True)
@@ -20,6 +20,8 @@ def SoftTarget(
     T: float = 5,  # temperature: higher shows more of the small probabilities
     *,
     standardize: bool = False,  # first bring the logits of each sample to mean 0 and standard deviation 1
+    target: Tensor | None = None,  # class indices, read only with `ignore_index`
+    ignore_index: int | None = None,  # label of samples or positions that do not count, such as a mask's void
     **kwargs: Any,
 ) -> Tensor:
     """T² · KL(teacher ‖ student) of the softmaxes at temperature `T`, mean over the batch (and positions).
@@ -32,13 +34,16 @@ def SoftTarget(
     for `standardize`, Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024.
     """
     s, t = logits("SoftTarget", pred, teacher_pred, T, standardize)
-    return kl(s, t, T).mean() * T**2
+    return mean(kl(s, t, T), counted("SoftTarget", s, target, ignore_index)) * T**2
 
 
 @logit_loss(over_classes=True)
 def Mutual(
     pred: Tensor,  # student logits (B, C) or (B, C, ...)
     teacher_pred: Tensor,  # teacher logits, same shape
+    *,
+    target: Tensor | None = None,  # class indices, read only with `ignore_index`
+    ignore_index: int | None = None,  # label of samples or positions that do not count
     **kwargs: Any,
 ) -> Tensor:
     """KL(teacher ‖ student) of the softmaxes without a temperature, mean over the batch (and positions).
@@ -46,13 +51,17 @@ def Mutual(
     Raises ValueError for unequal shapes or fewer than two classes.
     Source: Zhang et al., "Deep Mutual Learning", CVPR 2018, section 3: the mimicry loss.
     """
-    return kl(*logits("Mutual", pred, teacher_pred)).mean()
+    s, t = logits("Mutual", pred, teacher_pred)
+    return mean(kl(s, t), counted("Mutual", s, target, ignore_index))
 
 
 @logit_loss(raw_outputs=True)
 def Logits(
     pred: Tensor,  # student outputs, any shape
     teacher_pred: Tensor,  # teacher outputs, same shape
+    *,
+    target: Tensor | None = None,  # class indices, read only with `ignore_index`
+    ignore_index: int | None = None,  # label of samples or positions that do not count
     **kwargs: Any,
 ) -> Tensor:
     """Mean squared difference of the raw outputs: for regression, or logits as they are.
@@ -60,10 +69,53 @@ def Logits(
     Raises ValueError for unequal shapes.
     Source: Ba & Caruana, "Do Deep Nets Really Need to be Deep?", NeurIPS 2014, eq. 1.
     """
-    return F.mse_loss(*same_shape("Logits", pred, teacher_pred))
+    s, t = same_shape("Logits", pred, teacher_pred)
+    if ignore_index is None:
+        return F.mse_loss(s, t)
+    return mean((s - t).square().mean(1), counted("Logits", s, target, ignore_index))
 
 
-@logit_loss(over_classes=True, reduction=True)
+@logit_loss()
+def MultiLabel(
+    pred: Tensor,  # student logits, any shape, such as (B, C), or (B,) of a single logit
+    teacher_pred: Tensor,  # teacher logits, same shape
+    T: float = 1.0,  # temperature
+    **kwargs: Any,
+) -> Tensor:
+    """T² · KL(teacher ‖ student) of the sigmoids at temperature `T`, mean over the batch and the classes.
+
+    For classes that are independent, where the task loss is `BCEWithLogitsLoss`: each logit is a yes or no of its own.
+
+    Raises ValueError for unequal shapes or `T` ≤ 0.
+    Source: Yang et al., "Multi-Label Knowledge Distillation", ICCV 2023, section 3.2: one-versus-all logits.
+    """
+    check_temperature("MultiLabel", T)
+    s, t = (x / T for x in same_shape("MultiLabel", pred, teacher_pred))
+    yes, no = F.logsigmoid(t), F.logsigmoid(-t)
+    return (yes.exp() * (yes - F.logsigmoid(s)) + no.exp() * (no - F.logsigmoid(-s))).mean() * T**2
+
+
+@logit_loss(over_classes=True)
+def HardTarget(
+    pred: Tensor,  # student logits (B, C) or (B, C, ...)
+    teacher_pred: Tensor,  # teacher logits, same shape
+    *,
+    target: Tensor | None = None,  # class indices, read only with `ignore_index`
+    ignore_index: int | None = None,  # label of samples or positions that do not count
+    **kwargs: Any,
+) -> Tensor:
+    """Cross-entropy with the teacher's most likely class, mean over the batch (and positions).
+
+    Raises ValueError for unequal shapes or fewer than two classes.
+    Source: Touvron et al., "Training data-efficient image transformers & distillation through attention", ICML 2021,
+    eq. 3: hard-label distillation.
+    """
+    s, t = logits("HardTarget", pred, teacher_pred)
+    losses = F.cross_entropy(s, t.argmax(1), reduction="none")
+    return mean(losses, counted("HardTarget", s, target, ignore_index))
+
+
+@logit_loss(over_classes=True, reduction=True, needs_labels=True)
 def DecoupledKD(
     pred: Tensor,  # student logits (B, C) or (B, C, ...)
     teacher_pred: Tensor,  # teacher logits, same shape
@@ -122,6 +174,9 @@ def DIST(
     beta: float = 1.0,  # weight of the correlation over the classes of each sample
     gamma: float = 1.0,  # weight of the correlation over the samples of each class
     T: float = 1.0,  # temperature
+    *,
+    target: Tensor | None = None,  # class indices, read only with `ignore_index`
+    ignore_index: int | None = None,  # label of samples or positions that do not count
     **kwargs: Any,
 ) -> Tensor:
     """T² · (`beta` · (1 - correlation of rows) + `gamma` · (1 - correlation of columns)) of the softmaxes at `T`.
@@ -133,7 +188,13 @@ def DIST(
     Raises ValueError for unequal shapes, fewer than two classes or `T` ≤ 0.
     Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022.
     """
-    p_s, p_t = ((z / T).softmax(1).movedim(1, -1).flatten(0, -2) for z in logits("DIST", pred, teacher_pred, T))
+    s, t = logits("DIST", pred, teacher_pred, T)
+    p_s, p_t = ((z / T).softmax(1).movedim(1, -1).flatten(0, -2) for z in (s, t))
+    counts = counted("DIST", s, target, ignore_index)
+    if counts is not None:
+        p_s, p_t = p_s[counts.flatten()], p_t[counts.flatten()]
+        if not len(p_s):
+            return s.sum() * 0
     rows, columns = (1 - _pearson(p_s, p_t, dim).mean() for dim in (1, 0))
     return (beta * rows + gamma * columns) * T**2
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._tensors import shape_of
-from .output import TeacherOutput
 from .teacher import Teacher, as_teacher
 
 __all__ = ["Ensemble"]
@@ -60,7 +59,7 @@ class Ensemble(Teacher, of_lists=True):
             raise TypeError("teacher must be a model (nn.Module) or a list of several, got an empty list")
         self.model = nn.ModuleList(t.model for t in self._members)
 
-    def _run(self, xb: Sequence[Any], layers: Sequence[str], class_dim: int) -> TeacherOutput:
+    def _run(self, xb: Sequence[Any], layers: Sequence[str], class_dim: int) -> tuple[Any, dict[str, Tensor]]:
         self.find_layers(layers)
         with self._autocast(xb):
             preds = [teacher.forward(xb, class_dim=class_dim).pred for teacher in self._members]
@@ -71,4 +70,4 @@ class Ensemble(Teacher, of_lists=True):
             )
         if preds[0].ndim < 2 or preds[0].shape[class_dim] < 2:
             raise ValueError(f"an ensemble is of classifiers (B, C), got {shape_of(preds[0])}: give one teacher")
-        return TeacherOutput(torch.stack([p.log_softmax(class_dim) for p in preds]).exp().mean(0).log(), {})
+        return torch.stack([p.log_softmax(class_dim) for p in preds]).exp().mean(0).log(), {}

@@ -17,22 +17,22 @@ class TeacherOutput(NamedTuple):
 
     output: Any  # what its model returned; from a cache the predictions in it
     features: dict[str, Tensor]  # by layer
+    pixels: tuple[int, int] | None = None  # height and width of the images that it got
+    columns: Sequence[int] | None = None  # of the predictions, the student's classes; None: all
+    class_dim: int = 1  # of the predictions
 
     @property
     def pred(self) -> Tensor:
-        "The predictions, one tensor in float32."
+        "The predictions for the student's classes, one tensor in float32."
         pred: Tensor = plain(predictions(self.output))
-        return pred
+        if self.columns is None:
+            return pred
+        return pred.index_select(self.class_dim, torch.tensor(self.columns, device=pred.device))
 
     def fault(self) -> str | None:
         "Which part has nan or inf?"
         outputs = [*self.features.items(), *(("predictions", x) for x in tensors(self.output))]
         return next((name for name, x in outputs if not torch.isfinite(x).all()), None)
-
-    def pick(self, columns: Sequence[int], class_dim: int) -> "TeacherOutput":
-        "With these classes alone."
-        index = torch.tensor(columns, device=self.pred.device)
-        return TeacherOutput(self.pred.index_select(class_dim, index), self.features)
 
 
 def warn_of_probabilities(output: Any) -> None:

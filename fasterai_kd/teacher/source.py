@@ -1,7 +1,8 @@
 "Where a teacher comes from: a model, a Learner, or a file with one."
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import ismethod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +21,15 @@ class Source(NamedTuple):
 
     model: nn.Module
     dls: Any = None  # of its Learner
+    method: Callable[..., Any] | None = None  # which makes the predictions or embeddings; None: its forward
 
 
 def load_source(
-    source: Any,  # model, Learner, or path of an exported Learner
+    source: Any,  # model, method of one such as `clip.encode_image`, Learner, or path of an exported Learner
 ) -> Source:
     "TypeError for what is no teacher, FileNotFoundError for a path that does not exist."
+    if ismethod(source) and isinstance(source.__self__, nn.Module):
+        return load_source(source.__self__)._replace(method=None if source.__name__ == "forward" else source)
     if isinstance(source, (str, Path)):
         source = _load(Path(source))
     if isinstance(source, Learner):
@@ -43,8 +47,8 @@ def load_source(
         ": are `teacher` and `loss` in each other's place?" if callable(source) and not isinstance(source, type) else ""
     )
     raise TypeError(
-        "teacher must be a model (nn.Module), a Learner, the path of an exported Learner, a list of these, a Teacher "
-        f"or an EMATeacher, got a {type(source).__name__}{hint}"
+        "teacher must be a model (nn.Module), a method of one, a Learner, the path of an exported Learner, a list of "
+        f"these, a Teacher or an EMATeacher, got a {type(source).__name__}{hint}"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modules import evaluating, keeps_state
-from .._tensors import device_of, map_tensors, plain
+from .._modules import evaluating, is_output, keeps_state
+from .._tensors import device_of, map_tensors, pixels, plain, predictions
 from ..features.hooks import FeatureHooks
 from ._fingerprint import fingerprint
 from ._packing import PREDICTIONS
@@ -48,10 +48,12 @@ class Teacher:
     is_fixed = True  # does it stay as it is during a fit?
     model: Any = None
     dls: Any = None  # its data, if it came with some
+    method: Callable[..., Any] | None = None  # of the model, in the place of its forward
     tfm: Any = None
     dtype: torch.dtype | None = None
     cache: TeacherCache | None = None
     _columns: list[int] | None
+    _checked = False  # has a batch shown what the predictions are?
     _inputs = InputTransform(None)
     _of_lists: type[Teacher]
 
@@ -65,7 +67,7 @@ class Teacher:
 
     def __init__(
         self,
-        source: Any,  # model, Learner, path of an exported Learner, or a list of these (an ensemble)
+        source: Any,  # model, method of one, Learner, path of an exported Learner, or a list of these (an ensemble)
         *,
         tfm: Any = None,  # the student's inputs → the teacher's: a function, fastai's batch transforms, a list of them
         dtype: torch.dtype | None = None,  # autocast of the teacher alone; None: as the student
@@ -95,32 +97,17 @@ class Teacher:
         "Predictions and features of a batch, stored ones where the cache has all of them."
         xb = self._inputs.apply(xb)
         if self.cache is None:
-            return self._picked(self._run(xb, layers, class_dim), class_dim, as_returned or not reads_predictions)
-
-        def run() -> dict[str, Tensor]:
-            out = self._run(xb, layers, class_dim)
-            if not reads_predictions:
-                return dict(out.features)
-            if as_returned and not isinstance(out.output, Tensor):
-                raise TypeError(
-                    f"the cache stores one tensor of predictions, not a {type(out.output).__name__}: use no cache"
-                )
-            return {PREDICTIONS: out.pred, **out.features}
-
-        if not self._looked:
-            self._look_at_weights(fitting=False)
-        dtypes = self._autocasts(xb)
-        how = (self._fingerprint, tuple(layers), class_dim, reads_predictions, as_returned, dtypes)
-        half = self._is_half or any(dtype in HALF for dtype in dtypes)
-        outputs = self.cache.fetch(xb, run, str(how), half)
-        if self.cache.is_due:
-            self._look_at_weights()
-        out = TeacherOutput(outputs.pop(PREDICTIONS, None), outputs)
-        return self._picked(out, class_dim, as_returned or not reads_predictions)
+            output, features = self._run(xb, layers, class_dim)
+        else:
+            output, features = self._stored(self.cache, xb, layers, class_dim, reads_predictions, as_returned)
+        if reads_predictions and not self._checked:
+            self._checked = True
+            warn_of_probabilities(output)
+        return TeacherOutput(output, features, pixels(xb), self._columns, class_dim)
 
     def predict(self, *inputs: Any) -> Any:
         "The model's output for prepared inputs."
-        return self.model(*inputs)
+        return (self.model if self.method is None else self.method)(*inputs)
 
     # The course of a fit
 
@@ -206,15 +193,17 @@ class Teacher:
         self._hooks: dict[tuple[str, ...], FeatureHooks] = {}
         self._fingerprint, self._looked, self._is_half = "", False, False
         self._columns = None  # of the predictions, for the student's classes
-        self._checked = False  # has a batch shown what the predictions are?
+        self._checked = False
 
     def _take(self, source: Any) -> None:
-        self.model, dls = load_source(source)
+        self.model, dls, self.method = load_source(source)
         self.dls = dls if len(getattr(dls, "loaders", ())) else None
 
     @torch.no_grad()
-    def _run(self, xb: Sequence[Any], layers: Sequence[str], class_dim: int) -> TeacherOutput:
-        hooks = self._hooks.setdefault(tuple(layers), FeatureHooks(layers, "teacher"))
+    def _run(self, xb: Sequence[Any], layers: Sequence[str], class_dim: int) -> tuple[Any, dict[str, Tensor]]:
+        "What the model returns, and the features of the layers."
+        names = [name for name in layers if not is_output(self.model, name)]
+        hooks = self._hooks.setdefault(tuple(names), FeatureHooks(names, "teacher"))
         inputs = self._prepare(xb)
         with (
             evaluating(self.model),
@@ -223,16 +212,40 @@ class Teacher:
             naming_the_teacher(self.model, inputs),
         ):
             output = self.predict(*inputs)
-        return TeacherOutput(output, hooks.pop())
+        features = hooks.pop()
+        return output, {n: features[n] if n in names else plain(predictions(output)) for n in layers}
 
-    def _picked(self, out: TeacherOutput, class_dim: int, as_it_is: bool) -> TeacherOutput:
-        "With the columns of the student's classes."
-        if as_it_is:
-            return out
-        if not self._checked:
-            self._checked = True
-            warn_of_probabilities(out.output)
-        return out if self._columns is None else out.pick(self._columns, class_dim)
+    def _stored(
+        self,
+        cache: TeacherCache,
+        xb: Sequence[Any],
+        layers: Sequence[str],
+        class_dim: int,
+        reads_predictions: bool,
+        as_returned: bool,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        "As `_run`, from the cache where it has all samples."
+
+        def run() -> dict[str, Tensor]:
+            output, features = self._run(xb, layers, class_dim)
+            if not reads_predictions:
+                return features
+            if as_returned and not isinstance(output, Tensor):
+                raise TypeError(
+                    f"the cache stores one tensor of predictions, not a {type(output).__name__}: use no cache"
+                )
+            return {PREDICTIONS: plain(predictions(output)), **features}
+
+        if not self._looked:
+            self._look_at_weights(fitting=False)
+        dtypes = self._autocasts(xb)
+        method = getattr(self.method, "__name__", "")
+        how = (self._fingerprint, method, tuple(layers), class_dim, reads_predictions, as_returned, dtypes)
+        half = self._is_half or any(dtype in HALF for dtype in dtypes)
+        outputs = cache.fetch(xb, run, str(how), half)
+        if cache.is_due:
+            self._look_at_weights()
+        return outputs.pop(PREDICTIONS, None), outputs
 
     def _prepare(self, xb: Sequence[Any]) -> list[Any]:
         "The inputs in the model's precision; moves the model to them."

@@ -1,0 +1,165 @@
+"The layers of one model that can be compared with another's: what `match_feature_layers` pairs."
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastai.callback.hook import Hooks
+from fastcore.basics import tuplify
+from torch import Tensor, nn
+
+from .._modules import OUTPUT, evaluating, uncompiled
+from .._tensors import map_tensors, pixels, tensors
+from ..features.layout import Size, is_channels_last, token_grid
+
+__all__ = ["Stages", "find_stages", "pooled_layer"]
+
+_SKIPPED = (nn.ReLU, nn.ReLU6, nn.BatchNorm2d, nn.Dropout, nn.Identity, nn.Softmax)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    "What a layer gives for one sample."
+
+    name: str
+    channels: int
+    resolution: Size
+    is_map: bool  # with channels first, as of a convolutional network
+    in_list: bool  # is it one of a Sequential or ModuleList, as blocks are?
+    is_embedding: bool  # does it come before the second layer with weights?
+
+    @property
+    def depth(self) -> int:
+        return self.name.count(".")
+
+
+class Stages:
+    "The layers by resolution, those of a transformer without the embedding of its patches."
+
+    def __init__(
+        self,
+        layers: Iterable[_Layer],
+        has_head: bool,  # does a linear layer run last, or for dense outputs a convolution?
+    ):
+        self.has_head = has_head
+        layers = [layer for layer in layers if layer.resolution != (1, 1)]
+        self.shapes = {layer.name: (layer.channels, *layer.resolution) for layer in layers}
+        after_embedding = [layer for layer in layers if not layer.is_embedding]
+        self.is_transformer = not all(layer.is_map for layer in _best(after_embedding).values())
+        if self.is_transformer:
+            layers = [layer for layer in after_embedding if layer.in_list] or after_embedding
+        else:
+            layers = [layer for layer in layers if layer.is_map]
+        best = _best(layers)
+        self.by_resolution = {resolution: layer.name for resolution, layer in best.items()}
+        blocks = _largest_group(layers) if self.is_transformer else []
+        self.is_isotropic = bool(blocks) and len({x.resolution for x in layers if x.depth == blocks[0].depth}) == 1
+        deepest_last = sorted(best, key=lambda r: r[0] * r[1], reverse=True)
+        self.in_order = [x.name for x in blocks] if self.is_isotropic else [best[r].name for r in deepest_last]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{h}x{w} ({name})" for (h, w), name in self.by_resolution.items()) or "none"
+
+
+def find_stages(model: nn.Module, sample_input: Tensor | tuple[Any, ...]) -> Stages:
+    "Runs the model once in evaluation mode, on two samples: what they do not change is no feature."
+    names = {m: name for name, m in model.named_modules() if name}
+    layers: dict[str, _Layer] = {}
+    leaves: list[nn.Module] = []  # with parameters, that ran so far
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        if any(True for _ in module.parameters(recurse=False)) and not any(True for _ in module.children()):
+            leaves.append(module)
+        found = list(tensors(output))
+        if (
+            not isinstance(module, _SKIPPED)
+            and len(found) == 1
+            and (where := _where(module, found[0], size, model)) is not None
+        ):
+            in_list = isinstance(parents.get(module), (nn.Sequential, nn.ModuleList))
+            layers[names[module]] = _Layer(
+                names[module], *where, in_list, is_embedding=sum(map(_has_weights, leaves)) < 2
+            )
+
+    parents = {child: parent for parent in model.modules() for child in parent.children()}
+    param = next(model.parameters(), torch.empty(0))
+    xb = [map_tensors(lambda t: t.to(param.device), x) for x in tuplify(sample_input)]
+    if len(xb) == 1 and isinstance(xb[0], Tensor) and xb[0].ndim == 3:
+        xb = [xb[0].unsqueeze(0)]
+    xb, size = [map_tensors(_two, x) for x in xb], pixels(xb)
+    with torch.no_grad(), evaluating(model), uncompiled(model), Hooks(names, note, detach=False):
+        try:
+            output = model(*xb)
+        except TypeError as e:
+            hint = "sample_input is what the model is called with, without labels: of a batch (x, y) give x"
+            raise TypeError(f"{type(model).__name__}: {e}. {hint}") from e
+    is_dense = any(x.ndim > 2 for x in tensors(output))
+    return Stages(layers.values(), bool(leaves) and _has_weights(leaves[-1]) and (is_dense or _is_linear(leaves[-1])))
+
+
+def pooled_layer(model: nn.Module, sample_input: tuple[Any, ...]) -> str:
+    "The layer whose average over positions is the model's embedding: the last map, or its output if it has no head."
+    stages = find_stages(model, sample_input)
+    return stages.in_order[-1] if stages.has_head and stages.in_order else OUTPUT
+
+
+def _where(layer: nn.Module, x: Tensor, size: Size | None, model: nn.Module) -> tuple[int, Size, bool] | None:
+    "Channels, resolution, and whether it is a map with channels first; None for what is no feature map."
+    if x.ndim not in (3, 4) or len(x) != 2 or _is_attention(x) or (not x.is_meta and torch.equal(x[0], x[1])):
+        return None
+    if x.ndim == 4:
+        last = bool(is_channels_last(x, size, layer)) and _has_width(layer, x.shape[3])
+        channels, h, w = (x.shape[i] for i in ((3, 1, 2) if last else (1, 2, 3)))
+        return channels, (h, w), not last
+    grid = token_grid(x.shape[1], size, model) if size is not None and _has_width(layer, x.shape[2]) else None
+    return None if grid is None else (x.shape[2], grid[0], False)
+
+
+def _has_weights(leaf: nn.Module) -> bool:
+    "Or does it only scale and shift, as a norm?"
+    return any(p.ndim > 1 for p in leaf.parameters(recurse=False))
+
+
+def _is_linear(leaf: nn.Module) -> bool:
+    return hasattr(leaf, "out_features")
+
+
+def _is_attention(x: Tensor) -> bool:
+    "Weights whose rows sum to 1?"
+    return not x.is_meta and x.shape[-1] > 1 and bool((x >= 0).all() & ((x.float().sum(-1) - 1).abs() < 1e-3).all())
+
+
+def _has_width(layer: nn.Module, channels: int) -> bool:
+    "Does a part of the layer work on the last dimension of its output, as those of transformers do?"
+    return any(
+        getattr(m, "out_features", 0) == channels or tuple(getattr(m, "normalized_shape", ()))[-1:] == (channels,)
+        for m in layer.modules()
+    )
+
+
+def _two(x: Tensor) -> Tensor:
+    "The first two samples, or one and another that is made of it."
+    if not x.ndim or len(x) > 1:
+        return x[:2] if x.ndim else x
+    if not x.is_floating_point():
+        return torch.cat([x, x.flip(-1)])
+    return torch.cat([x, x + torch.linspace(-1, 1, x.numel(), device=x.device).view_as(x).to(x.dtype)])
+
+
+def _best(layers: Iterable[_Layer]) -> dict[Size, _Layer]:
+    "Of each resolution the shallowest, of equally deep ones the one that runs last."
+    best: dict[Size, _Layer] = {}
+    for layer in layers:
+        r = layer.resolution
+        if r not in best or layer.depth <= best[r].depth:
+            best[r] = layer
+    return best
+
+
+def _largest_group(layers: Iterable[_Layer]) -> list[_Layer]:
+    "Of those with one parent, in the order in which they run."
+    groups: dict[str, list[_Layer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.name.rpartition(".")[0], []).append(layer)
+    return max(groups.values(), key=len, default=[])
