@@ -46,6 +46,7 @@ TRANSFORMERS = {  # names of models of timm, or functions of `transformers`; wit
     ),
     "transformers MobileViT": lambda: transformers("MobileViTForImageClassification", "MobileViTConfig", {}),
 }
+OTHER_SIZES = {"vit with registers": (70, 70), "efficientformer": (224, 224)}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 64}
 SMALL |= {"image_size": 64, "patch_size": 8}
 SWIN = {"image_size": 64, "depths": [1, 1, 2, 1], "window_size": 2}
@@ -103,7 +104,7 @@ def resnet18():
 @pytest.mark.works("tasks", "match_feature_layers in 18 transformers of timm, torchvision and transformers")
 @pytest.mark.parametrize("arch", TRANSFORMERS)
 def test_pairs_with_transformers_are_those_of_the_snapshot_and_never_the_patch_embedding(resnet18, arch):
-    size = (70, 70) if arch == "vit with registers" else (64, 64)
+    size = OTHER_SIZES.get(arch, (64, 64))
     result = pairs_of(resnet18, make(arch), size)
     assert lines(arch, size, result) in SNAPSHOT.read_text()
     assert not any("embed" in name for name in result["teacher"]) or "ConvNext" in arch
@@ -133,5 +134,5 @@ if __name__ == "__main__":
         for size in SIZES:
             print(lines(arch, size, pairs_of(student, teacher, size)), end="")
     for arch in TRANSFORMERS:
-        size = (70, 70) if arch == "vit with registers" else (64, 64)
+        size = OTHER_SIZES.get(arch, (64, 64))
         print(lines(arch, size, pairs_of(student, make(arch), size)), end="")
