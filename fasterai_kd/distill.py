@@ -10,7 +10,7 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import listify, patch
 from fastcore.foundation import L
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._class_axis import class_dim, has_independent_classes, index_labels, is_of_numbers
 from ._docs import describe_parameters
@@ -21,7 +21,7 @@ from .losses import Attention, Cosine, Logits, MultiLabel, SoftTarget
 from .losses._stages import find_stages, pooled_layer
 from .losses._traits import name_of, parameters_of
 from .losses.combine import parts_of
-from .losses.matching import LayerPairs, match_feature_layers
+from .losses.matching import LayerPairs, pair_stages
 from .teacher.teacher import Teacher, as_teacher
 
 __all__ = ["distill"]
@@ -108,7 +108,7 @@ def _choose(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], y: Any) -> Ch
         )
     if not comparable:
         shapes = f"{shape_of(pred)} and {shape_of(out.pred)}"
-        pairs = _pairs(learn, teacher.model, xb, shapes)
+        pairs = _pairs(learn, teacher, xb, shapes)
         return Attention, _layers(pairs), f"their predictions differ, {shapes}:\n{pairs}"
     if has_independent_classes(learn.loss_func):
         return MultiLabel, {}, f"both predict the same independent classes, {shape_of(pred)}"
@@ -119,15 +119,17 @@ def _choose(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], y: Any) -> Ch
 
 def _is_encoder(teacher: Teacher, output: Any, xb: tuple[Any, ...]) -> bool:
     "Does it give embeddings and no predictions?"
+    if len(teacher.members) > 1:
+        return False
     if isinstance(output, Mapping):
         return not any(key in output for key in PREDICTIONS)
-    return teacher.method is not None or not (len(teacher.members) > 1 or find_stages(teacher.model, xb).has_head)
+    return teacher.method is not None or not find_stages(teacher.model, tuple(teacher.inputs(xb))).has_head
 
 
 def _layers_for(loss: Callable[..., Any], learn: Learner, teacher: Teacher, xb: tuple[Any, ...]) -> dict[str, Any]:
     "The pairs of layers for a loss that cannot do without."
     needs = [p for p in parts_of(loss) if p.pairs is None and parameters_of(p.loss).get("fm_s")]
-    return _layers(match_feature_layers(learn.model, teacher.model, xb)) if needs else {}
+    return _layers(_match(learn, teacher, xb)) if needs else {}
 
 
 def _layers(pairs: LayerPairs) -> dict[str, Any]:
@@ -156,11 +158,16 @@ def _sample(learn: Learner) -> tuple[tuple[Any, ...], Any]:
     return batch[:n_inp], batch[n_inp] if len(batch) > n_inp else None
 
 
-def _pairs(learn: Learner, teacher: nn.Module, xb: tuple[Any, ...], shapes: str) -> LayerPairs:
+def _pairs(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], shapes: str) -> LayerPairs:
     try:
-        return match_feature_layers(learn.model, teacher, xb)
+        return _match(learn, teacher, xb)
     except ValueError as e:
         raise ValueError(
             f"there is nothing to compare: the predictions of student and teacher are {shapes}, and {e}. "
             "Give KnowledgeDistillationCallback a loss and layers"
         ) from None
+
+
+def _match(learn: Learner, teacher: Teacher, xb: tuple[Any, ...]) -> LayerPairs:
+    "Each model on its own inputs."
+    return pair_stages(find_stages(learn.model, xb), find_stages(teacher.model, tuple(teacher.inputs(xb))))

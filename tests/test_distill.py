@@ -338,3 +338,14 @@ def test_unlabeled_images_count_beside_ignored_labels():
         found.append(kd.history["kd_loss"][0])
     assert found[0] > 0
     assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_a_teacher_that_needs_other_inputs_is_looked_at_with_its_own(make_learner, head):
+    timm = pytest.importorskip("timm")
+    small = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 12, "num_heads": 2}
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=7 if head else 0, **small)
+    vit.pretrained_cfg = {}
+    teacher = Teacher(vit, tfm=lambda x: F.interpolate(x, size=32))
+    kd = make_learner(Net()).distill(teacher, 1)
+    assert kd.loss is (Attention if head else Cosine)

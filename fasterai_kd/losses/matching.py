@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ._stages import Stages, find_stages
 from ._traits import unequal_losses
 
-__all__ = ["LayerPair", "LayerPairs", "get_model_layers", "get_module_by_name", "match_feature_layers"]
+__all__ = ["LayerPair", "LayerPairs", "get_model_layers", "get_module_by_name", "match_feature_layers", "pair_stages"]
 
 _Shapes = Mapping[str, tuple[int, ...]]
 
@@ -59,7 +59,11 @@ def match_feature_layers(
             "dls.one_batch()[0]"
         )
     models = [m.model if isinstance(m, Learner) else m for m in (student_model, teacher_model)]
-    student, teacher = (find_stages(m, sample_input) for m in models)
+    return pair_stages(*(find_stages(m, sample_input) for m in models))
+
+
+def pair_stages(student: Stages, teacher: Stages) -> "LayerPairs":
+    "The pairs of layers, by resolution or relative depth; ValueError where there are none."
     names = _by_resolution(student, teacher) or _by_depth(student, teacher)
     if not names:
         raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._tensors import shape_of
+from .inputs import autocast
 from .teacher import Teacher, as_teacher
 
 __all__ = ["Ensemble"]
@@ -61,7 +62,7 @@ class Ensemble(Teacher, of_lists=True):
 
     def _run(self, xb: Sequence[Any], layers: Sequence[str], class_dim: int) -> tuple[Any, dict[str, Tensor]]:
         self.find_layers(layers)
-        with self._autocast(xb):
+        with autocast(self.dtype, xb):
             preds = [teacher.forward(xb, class_dim=class_dim).pred for teacher in self._members]
         if len({p.shape for p in preds}) > 1:
             raise ValueError(

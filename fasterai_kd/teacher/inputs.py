@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -9,12 +10,13 @@ import torch
 from fastai.basics import Pipeline, Transform
 from fastai.data.transforms import Normalize
 from fastai.vision.core import TensorImage
-from torch import Tensor
+from torch import Tensor, nn
 
-from .._tensors import shape_of, tensors
+from .._tensors import device_of, map_tensors, plain, shape_of, tensors
 
 __all__ = ["renormalize"]
 
+HALF = (torch.float16, torch.bfloat16)
 Stats = tuple[Any, Any]  # mean and standard deviation of the channels
 
 
@@ -69,6 +71,25 @@ class InputTransform:
             if _same(typed, inputs):
                 warnings.warn("the teacher's tfm returns its inputs unchanged: does it know their type?", stacklevel=2)
         return inputs
+
+
+def prepared(model: nn.Module, xb: Sequence[Any]) -> list[Any]:
+    "Plain inputs in the model's precision; moves the model to them."
+    inputs, device = [map_tensors(plain, x) for x in xb], device_of(xb)
+    p = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if p is None or device is None:
+        return inputs
+    if p.device != device:
+        model.to(device)
+    return [map_tensors(lambda x: x.to(p.dtype) if x.is_floating_point() else x, x) for x in inputs]
+
+
+def autocast(dtype: torch.dtype | None, inputs: Sequence[Any]) -> Any:
+    "To this dtype, on the device of the inputs; None: as it is."
+    device = device_of(inputs)
+    if dtype is None or device is None:
+        return nullcontext()
+    return torch.autocast(device.type, dtype if dtype in HALF else None, enabled=dtype in HALF)
 
 
 def normalization(dls: Any) -> tuple[list[float], list[float]] | None:

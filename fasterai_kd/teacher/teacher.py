@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from .._modules import evaluating, is_output, keeps_state
-from .._tensors import device_of, map_tensors, pixels, plain, predictions
+from .._tensors import device_of, pixels, plain, predictions
 from ..features.hooks import FeatureHooks
 from ._fingerprint import fingerprint
 from ._packing import PREDICTIONS
 from .cache import TeacherCache
 from .contract import class_columns, compare_inputs, compare_words, names_of_classes
-from .inputs import InputTransform
+from .inputs import HALF, InputTransform, autocast, prepared
 from .output import TeacherOutput, warn_of_probabilities
 from .source import as_cache, load_source, naming_the_teacher
 
 __all__ = ["Teacher"]
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 class Teacher:
@@ -95,7 +92,7 @@ class Teacher:
         as_returned: bool = False,  # the model's output as a whole is wanted, not the predictions in it
     ) -> TeacherOutput:
         "Predictions and features of a batch, stored ones where the cache has all of them."
-        xb = self._inputs.apply(xb)
+        xb = self.inputs(xb)
         if self.cache is None:
             output, features = self._run(xb, layers, class_dim)
         else:
@@ -104,6 +101,10 @@ class Teacher:
             self._checked = True
             warn_of_probabilities(output)
         return TeacherOutput(output, features, pixels(xb), self._columns, class_dim)
+
+    def inputs(self, xb: Sequence[Any]) -> Sequence[Any]:
+        "The student's inputs as the teacher gets them, by `tfm`."
+        return self._inputs.apply(xb)
 
     def predict(self, *inputs: Any) -> Any:
         "The model's output for prepared inputs."
@@ -204,10 +205,10 @@ class Teacher:
         "What the model returns, and the features of the layers."
         names = [name for name in layers if not is_output(self.model, name)]
         hooks = self._hooks.setdefault(tuple(names), FeatureHooks(names, "teacher"))
-        inputs = self._prepare(xb)
+        inputs = prepared(self.model, xb)
         with (
             evaluating(self.model),
-            self._autocast(inputs),
+            autocast(self.dtype, inputs),
             hooks.on(self.model),
             naming_the_teacher(self.model, inputs),
         ):
@@ -246,23 +247,6 @@ class Teacher:
         if cache.is_due:
             self._look_at_weights()
         return outputs.pop(PREDICTIONS, None), outputs
-
-    def _prepare(self, xb: Sequence[Any]) -> list[Any]:
-        "The inputs in the model's precision; moves the model to them."
-        inputs, device = [map_tensors(plain, x) for x in xb], device_of(xb)
-        p = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        if p is None or device is None:
-            return inputs
-        if p.device != device:
-            self.model.to(device)
-        return [map_tensors(lambda x: x.to(p.dtype) if x.is_floating_point() else x, x) for x in inputs]
-
-    def _autocast(self, inputs: Sequence[Any]) -> Any:
-        device = device_of(inputs)
-        if self.dtype is None or device is None:
-            return nullcontext()
-        half = self.dtype in HALF
-        return torch.autocast(device.type, self.dtype if half else None, enabled=half)
 
     def _autocasts(self, xb: Sequence[Any]) -> list[torch.dtype | None]:
         "The dtypes of the own and the student's."
