@@ -1,16 +1,22 @@
 "What goes wrong on the way: nan of the teacher, labels that are all ignored, interrupted fits, half precision."
 
+import contextlib
+import copy
 import gc
 import math
+import shutil
 import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Net, same, state
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastai.callback.tracker import TerminateOnNaNCallback
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
+from test_cache import distil, loader
 from torch import nn
 
 from fasterai_kd import *
@@ -163,3 +169,76 @@ def test_an_interrupted_fit_keeps_no_predictions_of_the_peers(make_learner, trai
     gc.collect()
     assert kept
     assert [r for r in kept if r() is not None] == []
+
+
+# --- interrupted fits, with stored outputs ---
+
+
+class Stop(Callback):
+    "Does `what(self)` in batch 2 of epoch 1, at one event."
+
+    order = 5
+
+    def __init__(self, event, what):
+        setattr(self, event, lambda: what(self) if self.training and (self.epoch, self.iter) == (1, 2) else None)
+
+
+def throw(error):
+    def stop(self):
+        raise error
+
+    return stop
+
+
+def delete_folder(self):
+    shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def write_beside(self):
+    "Another process stores the same images, and others."
+    teacher = next(cb.teacher for cb in self.learn.cbs if isinstance(cb, KnowledgeDistillationCallback))
+    distil(Teacher(copy.deepcopy(teacher), cache=self.folder), dls=loader(bs=5, n=20, shuffle=False), epochs=1)
+
+
+STOPS = {
+    "CancelBatch after the loss": ("after_loss", throw(CancelBatchException())),
+    "CancelBatch after the predictions": ("after_pred", throw(CancelBatchException())),
+    "CancelEpoch": ("after_loss", throw(CancelEpochException())),
+    "CancelFit": ("before_backward", throw(CancelFitException())),
+    "Ctrl-C": ("after_loss", throw(KeyboardInterrupt())),
+    "an exception": ("before_batch", throw(ValueError("x"))),
+    "the folder deleted": ("before_batch", delete_folder),
+    "a second writer": ("after_batch", write_beside),
+}
+
+
+def interrupted(teacher, cache, folder, stop, n, shuffle):
+    "The student of a fit that something happens to, and of another fit after it."
+    stopper = Stop(*STOPS[stop])
+    stopper.folder = folder
+    teacher = Teacher(copy.deepcopy(teacher), cache=cache)
+    kd = KnowledgeDistillationCallback(teacher, combine((SoftTarget, 1.0), (FitNet, 1.0, PAIRED)))
+    torch.manual_seed(2)
+    learn = Learner(loader(n=n, shuffle=shuffle), Net(), loss_func=CrossEntropyLossFlat())
+    with learn.no_bar(), learn.no_logging():
+        for epochs, cbs in ((3, [kd, stopper]), (1, kd)):
+            set_seed(5)
+            with contextlib.suppress(KeyboardInterrupt, ValueError):
+                learn.fit(epochs, 0.05, cbs=cbs)
+    return learn.model
+
+
+PAIRED = {"student": ["conv1", "layer2"], "teacher": ["conv1", "layer2"]}
+
+
+IN_MEMORY = [stop for stop in STOPS if stop not in ("the folder deleted", "a second writer")]
+EITHER = [*((stop, "memory") for stop in IN_MEMORY), *((stop, "folder") for stop in STOPS)]
+
+
+@pytest.mark.parametrize(("n", "shuffle"), [(16, True), (17, True)])
+@pytest.mark.parametrize(("stop", "where"), EITHER)
+def test_the_student_of_an_interrupted_fit_is_the_one_without_a_cache(teacher, tmp_path, stop, where, n, shuffle):
+    folder = tmp_path / "outputs"
+    plain = interrupted(teacher, None, tmp_path / "beside", stop, n, shuffle)
+    cached = interrupted(teacher, folder if where == "folder" else True, folder, stop, n, shuffle)
+    assert same(state(plain), state(cached))
