@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import Net, same, state
 from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException
 from fastai.callback.tracker import TerminateOnNaNCallback
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
@@ -242,3 +243,24 @@ def test_the_student_of_an_interrupted_fit_is_the_one_without_a_cache(teacher, t
     plain = interrupted(teacher, None, tmp_path / "beside", stop, n, shuffle)
     cached = interrupted(teacher, folder if where == "folder" else True, folder, stop, n, shuffle)
     assert same(state(plain), state(cached))
+
+
+@pytest.mark.parametrize("layers", [(), ("layer1", "layer1")])
+def test_after_ctrl_c_in_the_students_forward_its_inputs_are_not_kept(make_learner, teacher, layers):
+    learn, kept, more = make_learner(), [], torch.randn(8, 3, 16, 16)
+    learn.model.register_forward_pre_hook(lambda m, xb: kept.append(weakref.ref(xb[0])))
+
+    def stop(*_):
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+
+    learn.model.layer2.register_forward_hook(stop)
+    unlabeled = DataLoader(more, bs=4, device=torch.device("cpu"))
+    kd = KnowledgeDistillationCallback(teacher, FitNet if layers else SoftTarget, *layers, unlabeled=unlabeled)
+    with pytest.raises(KeyboardInterrupt) as info:
+        learn.fit(1, 0.01, cbs=kd)
+    del info
+    learn._end_cleanup()
+    gc.collect()
+    assert len(kept) == 3
+    assert [r for r in kept if r() is not None] == []
