@@ -8,6 +8,7 @@ until one fails; so torch and fastai are imported once. It is a tool for by hand
 
 import argparse
 import contextlib
+import importlib
 import os
 import shutil
 import signal
@@ -16,11 +17,12 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "fasterai_kd"
 LIMIT = 600  # seconds; a mutant that hangs is killed
+IMPORTS = ["fastai.vision.all", "fastai.text.all", "fastai.tabular.all", "torch._dynamo", "hypothesis", "pytest"]
 ERROR = 99  # the tests were not those of the changed package
 
 
@@ -78,9 +80,9 @@ def _run_tests(tests: tuple[str, ...], folder: Path, log: Path) -> None:
         os.dup2(f.fileno(), 2)
         os.environ["PYTHONPATH"] = str(folder)
         sys.path.insert(0, str(folder))
-        import pytest
-
-        code = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(str(TESTS / t) for t in tests)]))
+        pytest: Any = importlib.import_module("pytest")
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+        code = int(pytest.main([*options, *(str(TESTS / t) for t in tests)]))
         package = sys.modules.get(PACKAGE.name)
         if package is not None and not str(package.__file__).startswith(str(folder)):
             code = ERROR
@@ -99,9 +101,11 @@ def main() -> None:
         m.apply((PACKAGE / m.file).read_text())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import pytest  # noqa: F401
-        import torch
-    torch.set_num_threads(1)
+        for name in IMPORTS:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+    importlib.import_module("torch").set_num_threads(1)
+    sys.dont_write_bytecode, sys.pycache_prefix = False, tempfile.mkdtemp()  # the tests are compiled once
     killed = 0
     unchanged = {m.file: m._replace(old="", new="") for m in mutants}
     for m in () if args.quick else unchanged.values():
