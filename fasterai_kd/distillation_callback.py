@@ -10,6 +10,7 @@ from fastai.learner import AvgMetric
 from fastcore.basics import listify
 from torch import Tensor, nn
 
+from ._tensors import plain
 from .distiller import Distiller
 from .history import LossHistory, check_nested
 from .losses._checks import total
@@ -135,7 +136,7 @@ class KnowledgeDistillationCallback(Callback):
             self._distiller.watch(kd, self.training and bool(parts))
         if self._active or self._rests:
             self.learn.loss_grad = self._weighting.blend(self.learn.loss_grad, kd, self.current_weight)
-            self.learn.loss = self.learn.loss_grad.clone()
+            self.learn.loss = plain(self.learn.loss_grad.clone())  # fastai's Recorder fails on bfloat16
         kd = None if kd is None else kd.detach()
         self._history.record(task, kd, self.current_weight, parts, step=self.training)
 

@@ -72,7 +72,7 @@ class MutualLearning(Callback):
 
     def before_fit(self) -> None:
         "Check what can be checked, and make the peers ready."
-        self._evaluator = LossEvaluator(self.loss, [], [])
+        self._evaluator, self._outputs = LossEvaluator(self.loss, [], []), []
         if hasattr(self.learn, "lr_finder"):
             return
         models = [unwrap(m) for m in (self.learn.model, *(p.model for p in self.peers))]
@@ -160,7 +160,7 @@ class MutualLearning(Callback):
                 self._step(peer, losses[i] + self.weight * shared[i])
         self._outputs = [(p.detach(), loss.detach()) for p, loss in zip(preds[1:], losses[1:], strict=True)]
         self.learn.loss_grad = self.learn.loss_grad + self.weight * shared[0]
-        self.learn.loss = self.learn.loss_grad.clone()
+        self.learn.loss = plain(self.learn.loss_grad.clone())
 
     def _mimicry(self, preds: Sequence[Tensor], i: int) -> Tensor:
         "The mean over the others."
@@ -202,6 +202,11 @@ class MutualLearning(Callback):
         for peer in self.peers:
             if callable(getattr(peer.model, "reset", None)):
                 peer.model.reset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "learn" and value is None:  # the end of a fit with `cbs=mutual`, whatever ended it
+            self._outputs = []
+        super().__setattr__(name, value)
 
     def _init_state(self) -> None:
         "What is not saved."

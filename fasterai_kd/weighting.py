@@ -68,9 +68,12 @@ class Weighting:
         weight: float,
     ) -> Tensor:
         "The total loss."
+        share = 1 - weight if self.task_weight is None else self.task_weight
+        if share == 0:  # also of a task loss that is nan, as where all labels are ignored
+            task = task.nan_to_num(0.0, 0.0, 0.0)
         if self.task_weight is not None:
             task = self.task_weight * task
-            return task if kd is None else task + weight * kd
+            return task if kd is None or weight == 0 else task + weight * kd
         return task if kd is None or weight == 0 else torch.lerp(task, kd, weight)
 
 

@@ -843,3 +843,28 @@ def test_the_cache_tells_its_size_and_place(teacher, tmp_path):
     assert repr(cache) == f"TeacherCache of 24 samples in {str(tmp_path / 'a')!r}, 0.0 of 512 MiB"
     assert repr(TeacherCache()) == "TeacherCache of 0 samples in memory, 0.0 of 4096 MiB"
     assert TeacherCache("~/a").path.is_absolute()
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float16}, {"top_k": 2}], ids=["float16", "top_k"])
+def test_a_folder_for_rows_packed_in_other_ways_mixes_nothing(teacher, tmp_path, options):
+    plain, packed = weights(teacher), TeacherCache(tmp_path, **options)
+    other = weights(teacher, cache=packed)
+    assert same(plain, weights(copy.deepcopy(teacher), cache=tmp_path))
+    assert same(other, weights(copy.deepcopy(teacher), cache=TeacherCache(tmp_path, **options)))
+
+
+def test_outputs_under_the_students_autocast_are_others(teacher):
+    mine, x = Teacher(teacher, cache=True), IMAGES[:4]
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            half = mine.forward((x,)).pred
+        assert torch.equal(mine.forward((x,)).pred, teacher(x))
+        assert not torch.equal(half, teacher(x))
+    assert len(mine.cache) == 8
+
+
+def test_a_sample_alone_and_among_others_are_two_rows(teacher):
+    mine = Teacher(teacher, cache=True)
+    for x in (IMAGES[:4], IMAGES[:1], IMAGES[:4], IMAGES[:1]):
+        assert torch.equal(mine.forward((x,)).pred, teacher(x))
+    assert len(mine.cache) == 5

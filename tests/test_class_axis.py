@@ -15,6 +15,7 @@ from torch import nn
 
 from fasterai_kd import *
 from fasterai_kd._class_axis import class_dim
+from fasterai_kd.losses.evaluate import LossEvaluator
 
 CLASSES = 5
 OVER_CLASSES = [SoftTarget, DecoupledKD, Mutual, DIST]
@@ -262,3 +263,29 @@ def test_agreement_and_accuracy_are_shares_of_all_that_counts_also_where_batches
     student, theirs, counts = learn.model(x).argmax(1), teacher(x).argmax(1), y != 255
     assert agreement == pytest.approx((student == theirs)[counts].float().mean().item())
     assert accuracy == pytest.approx((theirs == y)[counts].float().mean().item())
+
+
+def test_an_ensemble_in_an_ensemble_has_its_classes_where_the_outer_one_has_them():
+    torch.manual_seed(0)
+    a, b, c = (Tagger(width).eval() for width in (4, 6, 8))
+    words = torch.randint(11, (4, 7))
+    p = [model(words).softmax(2) for model in (a, b, c)]
+    got = Teacher([[a, b], c]).forward((words,), class_dim=2).pred
+    torch.testing.assert_close(got.exp(), ((p[0] + p[1]) / 2 + p[2]) / 2)
+
+
+@pytest.mark.parametrize("loss", [DecoupledKD, SoftTarget], ids=lambda f: f.__name__)
+def test_labels_are_mixed_with_classes_last_as_with_classes_first(loss):
+    torch.manual_seed(0)
+    s, t = torch.randn(4, 7, CLASSES), torch.randn(4, 7, CLASSES)
+    y, mix = torch.randint(CLASSES, (4, 7)), MixUp()
+    mix.yb1, mix.lam = (torch.randint(CLASSES, (4, 7)),), torch.tensor([0.1, 0.9, 0.5, 0.7])
+    evaluator = LossEvaluator(loss, [], [])
+    values = []
+    for dim in (2, 1):
+        outputs = {"pred": s.movedim(2, dim), "teacher_pred": t.movedim(2, dim), "fm_s": {}, "fm_t": {}}
+        values.append(evaluator.evaluate(outputs, y, mix, 0.5, class_dim=dim)[loss.__name__])
+    torch.testing.assert_close(*values)
+    if loss is DecoupledKD:
+        two = [DecoupledKD(s.movedim(2, 1), t.movedim(2, 1), target=z, reduction="none") for z in (y, mix.yb1[0])]
+        torch.testing.assert_close(values[0], (mix.lam * two[0] + (1 - mix.lam) * two[1]).mean())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, PAIRS, Net, same, state
+from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.metrics import accuracy
 from torch import nn
@@ -282,3 +283,15 @@ def test_a_schedule_of_a_part_that_falls_below_0_is_refused(teacher):
     loss = combine((SoftTarget, 1.0), (Logits, 1.0, None, Schedule(sched_lin, start_val=0.5, end_val=-0.5)))
     with pytest.raises(ValueError, match=r"factors must be 0 or more, the schedule of Logits gives -0\.01 at 51%"):
         KnowledgeDistillationCallback(teacher, loss)
+
+
+def test_nothing_that_is_kept_of_the_parts_has_a_graph(make_learner, teacher):
+    kd, graphs = KnowledgeDistillationCallback(teacher, combine((SoftTarget, 1.0), (Logits, 2.0))), []
+    look = Callback(
+        after_batch=lambda self: graphs.extend(
+            x.requires_grad for x in (*kd._history._last.values(), *(v for step, _ in kd._history._steps for v in step))
+        )
+    )
+    make_learner().fit(1, 0.01, cbs=[kd, look])
+    assert graphs
+    assert not any(graphs)

@@ -260,3 +260,16 @@ def test_one_average_in_two_callbacks_is_refused(make_learner):
     kds = [KnowledgeDistillationCallback(teacher, loss) for loss in (SoftTarget, Logits)]
     with pytest.raises(ValueError, match="two callbacks would update one EMATeacher twice a step"):
         make_learner().fit(1, cbs=kds)
+
+
+def test_a_second_fit_of_the_student_starts_with_a_copy_of_it(make_learner):
+    kd, equal = mean_teacher(decay=0.5), []
+    look = Callback(
+        after_pred=lambda self: (
+            equal.append(torch.equal(kd.teacher.head.weight, self.model.head.weight)) if self.training else None
+        )
+    )
+    learn = make_learner()
+    for _ in range(2):
+        learn.fit(1, 0.1, cbs=[kd, look])
+    assert equal == 2 * [True, False, False, False]

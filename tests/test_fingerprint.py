@@ -286,3 +286,24 @@ def test_another_process_gives_the_same_keys_and_fingerprint():
 def test_keys_on_a_gpu_are_those_on_the_cpu(device):
     x = torch.randn(3, 5, 7).half()
     assert keys(x.to(device)) == keys(x)
+
+
+def test_the_two_numbers_of_a_key_have_nothing_to_do_with_each_other():
+    pairs = keys(torch.randn(500, 8)) + keys(torch.randn(500, 3, 5))
+    assert all(a != b for a, b in pairs)
+    assert len({a for a, _ in pairs} | {b for _, b in pairs}) == 2000
+    bits = torch.tensor([[bin((a ^ b) & (2**64 - 1)).count("1")] for a, b in pairs], dtype=torch.float64)
+    assert 30 < bits.mean() < 34
+
+
+@pytest.mark.parametrize("offset", range(1, 9))
+def test_bytes_that_start_at_any_place_of_their_storage_give_the_same_keys(offset):
+    storage = torch.arange(offset + 64, dtype=torch.uint8)
+    x = storage[offset:].view(4, 16)
+    assert keys(x) == keys(x.clone())
+
+
+def test_a_change_that_is_the_same_at_two_inputs_does_not_cancel_out():
+    x, y = torch.randn(3, 8), torch.randn(3, 8)
+    assert not set(keys(x, x)) & set(keys(y, y))
+    assert not set(keys(x, y)) & set(keys(y, x))

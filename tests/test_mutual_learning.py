@@ -318,3 +318,12 @@ def test_a_loss_that_is_a_module_may_have_parts_of_its_own(make_learner, make_pe
             return (self.parts[0](pred) - teacher_pred).square().mean()
 
     make_learner().fit(1, 0.01, cbs=MutualLearning(make_peer(), Own()))
+
+
+def test_a_recurrent_peer_forgets_its_state_where_the_student_does(make_learner, make_peer):
+    events, peer = [], make_peer()
+    peer.model.reset = lambda: events.append("reset")
+    peer.model.register_forward_hook(lambda *_: events.append("batch"))
+    mutual = MutualLearning(peer)
+    make_learner(metrics=mutual.metrics).fit(1, 0.1, cbs=mutual)
+    assert events == ["reset", *4 * ["batch"], "reset", *2 * ["batch"]]

@@ -138,3 +138,27 @@ def test_what_is_no_plain_file_is_passed_over_at_once(tmp_path, kind):
     thread.start()
     thread.join(20)
     assert done == [[]]
+
+
+def test_a_file_of_a_gigabyte_of_holes_with_a_sound_header_is_passed_over_at_once(tmp_path):
+    n = 2**30 // DTYPE.itemsize
+    start = header((n,), GOOD)
+    with (tmp_path / "q-0.npy").open("wb") as f:
+        f.write(start)
+        f.truncate(len(start) + n * DTYPE.itemsize)
+    good = write_shard(tmp_path, "q", records(), False)
+    store = Store("q")
+    tracemalloc.start()
+    for shard in find_shards(tmp_path, "q", set()):
+        store.add(shard, replace=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert {shard.path for shard in store.shards} == {good.path}
+    assert len(store.index) == 5
+    assert peak < 2**22
+
+
+def test_a_file_of_one_record_or_none_is_sound(tmp_path):
+    write_shard(tmp_path, "q", records(1), False)
+    write_shard(tmp_path, "q", records(0), False)
+    assert sorted(len(list(shard.keys())) for shard in find_shards(tmp_path, "q", set())) == [0, 1]

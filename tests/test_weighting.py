@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fasterai_kd import Attention, EMATeacher, KnowledgeDistillationCallback, Logits, SoftTarget
 from fasterai_kd.schedule import cos
-from fasterai_kd.weighting import AutoWeight
+from fasterai_kd.weighting import AutoWeight, Weighting
 
 
 def two_losses(scale):
@@ -201,3 +201,39 @@ def test_a_fit_of_few_batches_says_what_it_chose_at_its_end(make_learner, teache
     out = capsys.readouterr().out
     assert out.count("weight='auto'") == 1
     assert "In 4 batches the gradient of the task loss was" in out
+
+
+@pytest.mark.parametrize("kd", [None, torch.tensor(1.0), torch.tensor(math.inf)])
+def test_where_the_schedule_is_0_the_task_loss_has_its_weight_and_nothing_else_counts(kd):
+    weighting = Weighting(0.5, lambda pct: 0.0, task_weight=3.0)
+    assert weighting.blend(torch.tensor(2.0), kd, weighting.at(0.5)) == 6
+    assert Weighting(0.5, lambda pct: 0.0, None).blend(torch.tensor(2.0), kd, 0.0) == 2
+
+
+def test_a_fit_whose_schedule_starts_at_0_begins_with_the_weighted_task_loss(make_learner, teacher):
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, schedule=lambda pct: float(pct > 0.4), task_weight=3.0)
+    seen = []
+    watch = Callback(after_batch=lambda self: seen.append(self.learn.loss.item()) if self.training else None)
+    make_learner().fit(1, 0.01, cbs=[kd, watch])
+    assert kd.history["weight"] == [0.0, 0.0, 0.5, 0.5]
+    distilled = [0.0, 0.0, *(0.5 * x for x in kd.history["kd_loss"][2:])]
+    assert seen == pytest.approx([3 * x + y for x, y in zip(kd.history["task_loss"], distilled, strict=True)])
+
+
+@pytest.mark.parametrize("which", ["task", "kd"])
+def test_a_batch_in_which_one_loss_has_no_gradient_does_not_count_for_the_balance(which):
+    auto = AutoWeight(1.0, batches=3)
+    net, task, kd = two_losses(2.0)
+    auto.measure(task, kd, net)
+    before = auto.weight
+    auto.measure(task * (which != "task"), kd * (which != "kd"), net)
+    assert auto.weight == before
+    assert auto.measuring
+
+
+def test_the_balance_is_measured_in_ten_batches(make_learner, teacher):
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, weight="auto")
+    make_learner().fit(4, 0.01, cbs=kd)
+    weights = kd.history["weight"]
+    assert len(set(weights[:10])) == 10
+    assert len(set(weights[9:])) == 1

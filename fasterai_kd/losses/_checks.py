@@ -17,12 +17,12 @@ __all__ = [
     "class_indices",
     "counted",
     "equal_pairs",
-    "finite",
     "kl",
     "logits",
     "mean",
     "pairs",
     "same_shape",
+    "times",
     "total",
 ]
 
@@ -102,17 +102,22 @@ def mean(values: Tensor, counts: Tensor | None) -> Tensor:
 
 def kl(s: Tensor, t: Tensor, T: float = 1) -> Tensor:
     "KL(softmax(t / T) ‖ softmax(s / T)) over dim 1."
-    log_s, log_t = (s / T).log_softmax(1), finite((t / T).log_softmax(1))
-    return (log_t.exp() * (log_t - log_s)).sum(1)
+    log_s, log_t = (s / T).log_softmax(1), (t / T).log_softmax(1)
+    return times(log_t.exp(), log_t - log_s).sum(1)
 
 
-def finite(log_p: Tensor) -> Tensor:
-    "A class that the teacher rules out (logit -inf) counts 0 · log 0 = 0."
-    return log_p.clamp(min=torch.finfo(log_p.dtype).min)
+def times(p_t: Tensor, log_ratio: Tensor) -> Tensor:
+    "`p_t · log_ratio`; a class that the teacher rules out (logit -inf) counts 0, also where the student does so too."
+    return p_t * log_ratio.masked_fill(p_t == 0, 0)
 
 
 def _z_score(z: Tensor) -> Tensor:
-    return (z - z.mean(1, keepdim=True)) / (1e-7 + z.std(1, keepdim=True))
+    "Over the classes that no mask rules out, be it -inf or the least number of a dtype."
+    out = z <= torch.finfo(torch.float16).min
+    n = (~out).sum(1, keepdim=True, dtype=z.dtype)
+    centered = (z - z.masked_fill(out, 0).sum(1, keepdim=True) / n).masked_fill(out, 0)
+    std = centered.norm(dim=1, keepdim=True) / (n - 1).clamp(min=1).sqrt()
+    return (centered / (1e-7 + std)).masked_fill(out, -math.inf)
 
 
 def pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str, Tensor, Tensor]]:

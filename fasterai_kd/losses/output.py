@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_temperature, class_indices, counted, finite, kl, logits, mean, same_shape
+from ._checks import check_temperature, class_indices, counted, kl, logits, mean, same_shape, times
 from ._traits import logit_loss
 
 __all__ = ["DIST", "DecoupledKD", "HardTarget", "Logits", "MultiLabel", "Mutual", "SoftTarget"]
@@ -92,7 +92,8 @@ def MultiLabel(
     check_temperature("MultiLabel", T)
     s, t = (x / T for x in same_shape("MultiLabel", pred, teacher_pred))
     yes, no = F.logsigmoid(t), F.logsigmoid(-t)
-    return (yes.exp() * (yes - F.logsigmoid(s)) + no.exp() * (no - F.logsigmoid(-s))).mean() * T**2
+    losses = times(yes.exp(), yes - F.logsigmoid(s)) + times(no.exp(), no - F.logsigmoid(-s))
+    return losses.mean() * T**2
 
 
 @logit_loss(over_classes=True)
@@ -149,14 +150,14 @@ def DecoupledKD(
     if ignored is not None:
         y = y.masked_fill(ignored, 0)
     log_p_s, log_rest_s, z_s = _split_target(s / T, y)
-    log_p_t, log_rest_t, z_t = map(finite, _split_target(t / T, y))
+    log_p_t, log_rest_t, z_t = _split_target(t / T, y)
     q_t = z_t.scatter(1, y, -math.inf).exp()  # teacher among the other classes; 0 at the target
-    nckd = (q_t * (z_t - z_s)).sum(1, keepdim=True)
+    nckd = times(q_t, z_t - z_s).sum(1, keepdim=True)
     if normalize:
-        log_p1_s, log_p1_t = s.log_softmax(1).gather(1, y), finite(t.log_softmax(1).gather(1, y))
-        tckd = log_p1_t.exp() * (log_p1_t - log_p1_s) / T**2
+        log_p1_s, log_p1_t = (z.log_softmax(1).gather(1, y) for z in (s, t))
+        tckd = times(log_p1_t.exp(), log_p1_t - log_p1_s) / T**2
     else:
-        tckd = log_p_t.exp() * (log_p_t - log_p_s) + log_rest_t.exp() * (log_rest_t - log_rest_s)
+        tckd = times(log_p_t.exp(), log_p_t - log_p_s) + times(log_rest_t.exp(), log_rest_t - log_rest_s)
     loss = (alpha * tckd + beta * nckd) * T**2
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
@@ -202,6 +203,7 @@ def DIST(
 def _split_target(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "log p[y] and log(1 - p[y]) of softmax(z), and `z` shifted to log-probabilities among the other classes."
     rest = z.scatter(1, y, -math.inf).logsumexp(1, keepdim=True)
+    rest = rest.clamp(min=torch.finfo(rest.dtype).min)  # where a mask leaves the target alone
     z_y = z.gather(1, y)
     total = torch.logaddexp(z_y, rest)
     return z_y - total, rest - total, z - rest

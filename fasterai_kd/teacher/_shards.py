@@ -4,7 +4,7 @@ import contextlib
 import os
 import stat
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,15 +65,12 @@ class Shard:
         if self._start + shape[0] * self.dtype.itemsize != self.nbytes:
             raise ValueError(f"{path} is not whole")
         self._n = shape[0]
+        if self._n > 1 and len(set(self._keys((0, self._n - 1)))) == 1:  # a file of holes, say
+            raise ValueError(f"{path} has records of one key")
 
     def keys(self) -> Iterator[tuple[int, int]]:
         "In the order of the records."
-        size = self.dtype[KEY].itemsize
-        with self.path.open("rb") as f:
-            for number in range(self._n):
-                f.seek(self._start + number * self.dtype.itemsize)
-                high, low = np.frombuffer(f.read(size), "<i8").tolist()
-                yield high, low
+        return self._keys(range(self._n))
 
     def read(self, numbers: Sequence[int]) -> np.ndarray | None:
         "These records; None if the file is cut short or gone."
@@ -89,6 +86,14 @@ class Shard:
         except OSError:
             return None
         return np.frombuffer(data, self.dtype)
+
+    def _keys(self, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+        size = self.dtype[KEY].itemsize
+        with self.path.open("rb") as f:
+            for number in numbers:
+                f.seek(self._start + number * self.dtype.itemsize)
+                high, low = np.frombuffer(f.read(size), "<i8").tolist()
+                yield high, low
 
 
 @dataclass

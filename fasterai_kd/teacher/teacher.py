@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._modules import evaluating, is_output, keeps_state
-from .._tensors import device_of, pixels, plain, predictions
+from .._tensors import device_of, pixels, plain, predictions, size_of
 from ..features.hooks import FeatureHooks
 from ._fingerprint import fingerprint
 from ._packing import PREDICTIONS
@@ -241,7 +241,8 @@ class Teacher:
             self._look_at_weights(fitting=False)
         dtypes = self._autocasts(xb)
         method = getattr(self.method, "__name__", "")
-        how = (self._fingerprint, method, tuple(layers), class_dim, reads_predictions, as_returned, dtypes)
+        alone = size_of(xb) == 1  # a product with one row rounds otherwise than with several
+        how = (self._fingerprint, method, tuple(layers), class_dim, reads_predictions, as_returned, dtypes, alone)
         half = self._is_half or any(dtype in HALF for dtype in dtypes)
         outputs = cache.fetch(xb, run, str(how), half)
         if cache.is_due:
