@@ -21,10 +21,24 @@ warnings.filterwarnings("ignore", message="`torch.jit.script`")  # raised by fas
 
 from benchmark_losses import MODELS, Bench, read_rows  # noqa: E402
 from benchmarks.data import Recipe  # noqa: E402
+from benchmarks.pages import (  # noqa: E402
+    ABOUT,
+    GAIN,
+    MEAN,
+    about_teacher,
+    count,
+    difference,
+    flow,
+    gain,
+    half_width,
+    listed,
+    markdown,
+    page_head,
+    teacher_row,
+)
 from benchmarks.report import spread, unique  # noqa: E402
 from fastai.vision.all import *  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from scipy.stats import t as student_t  # noqa: E402
 
 from fasterai_kd.all import *  # noqa: E402
 from fasterai_kd.show import COLORS  # noqa: E402
@@ -40,14 +54,11 @@ GAINS = (
     ("Distillation on the labeled images", "labeled", "alone"),
     ("A batch of unlabeled images beside each labeled batch", "unlabeled", "labeled"),
 )
-MEAN = "Accuracy is in % on the test images, mean ± standard deviation over the seeds."
-GAIN = "Differences are by seed, with the half width of their 95 % interval (Student's t); few seeds make it wide."
 VERDICTS = {
     "above that of live augmentation": lambda mean, half: mean > half,
     "below that of live augmentation": lambda mean, half: mean < -half,
     "not shown to differ from that of live augmentation": lambda mean, half: abs(mean) <= half,
 }
-ABOUT = {"digits": "scikit-learn's digits, 8x8", "fashion-mnist": "Fashion-MNIST, 28x28"}
 
 
 class Counted(Teacher):
@@ -77,19 +88,23 @@ class Epochs(Callback):
 class Measure(Bench):
     "Runs what is not in the file yet, on one data set."
 
+    name = "unlabeled.jsonl"
+
     def __init__(self, args, data):
         given = {"folder": args.folder, "out": args.out, "teacher": args.teacher}
         none = {f"{who}{what}": None for who in ("", "teacher_") for what in ("images", "draws", "epochs")}
         super().__init__(argparse.Namespace(**none | {"teacher_draws": args.teacher_draws}, **given, data=data))
-        self.file = args.out / "unlabeled.jsonl"
+        self.file = args.out / self.name
         self.done = {json.dumps(row["settings"], sort_keys=True): row for row in read_rows(self.file)}
         self.everything = self.task.dls(Recipe(None, None, 1, 64, 0), 0).train.dataset
         self.teacher = self.get_teacher()
 
     def label_run(self, student, n, draws, seed, how):
         "`n` labels, None: all; `how` is a key of HOWS."
-        recipe = Recipe(n, draws, 1, self.recipe.bs, self.recipe.lr)
-        settings = {**self.base, "stage": "labels", "student": student, "recipe": list(recipe), "seed": seed}
+        return self.student_run("labels", student, self.recipe._replace(images=n, draws=draws, epochs=1), seed, how)
+
+    def student_run(self, stage, student, recipe, seed, how):
+        settings = {**self.base, "stage": stage, "student": student, "recipe": list(recipe), "seed": seed}
 
         def train():
             learn = self.learner(student, recipe, seed)
@@ -99,7 +114,8 @@ class Measure(Bench):
             kd = KnowledgeDistillationCallback(self.teacher, SoftTarget, weight=WEIGHT, unlabeled=beside)
             return {**self.fit(learn, recipe, *([] if how == "alone" else [kd])), "batches": len(few)}
 
-        return self.add({**settings, "how": how, "weight": WEIGHT}, f"{n or 'all'} labels", how, train)
+        name = f"{recipe.images or 'all'} labels"
+        return self.add({**settings, "how": how, "weight": WEIGHT}, name, how, train)
 
     def views_run(self, student, recipe, k, seed):
         "`k` views of each image, None: other ones in each epoch."
@@ -180,12 +196,6 @@ def by_labels(labels):
     return accs
 
 
-def difference(accs, how, base):
-    "By seed, where both have been run."
-    a, b = accs.get(how, {}), accs.get(base, {})
-    return np.array([a[seed] - b[seed] for seed in a if seed in b])
-
-
 def labels_page(rows, labels, file):
     accs, s = by_labels(labels), labels[0]["settings"]
     _, draws, _, bs, lr, *_ = s["recipe"]
@@ -260,33 +270,6 @@ def labels_findings(rows, labels, accs):
     return "\n".join(f"- {text}" for text in texts)
 
 
-def flow(text):
-    "One line."
-    return " ".join(text.split())
-
-
-def listed(words):
-    "One, two and three."
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def count(n):
-    return f"{n:,}" if n else "all"
-
-
-def half_width(d):
-    "Of the 95 % interval of the mean (Student's t)."
-    return student_t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else float("inf")
-
-
-def gain(d):
-    "Mean, interval and in how many seeds it is above 0."
-    if not len(d):
-        return ""
-    interval = f" ± {half_width(d):.1f}" if len(d) > 1 else ""
-    return f"{d.mean():+.1f}{interval}, better in {sum(d > 0)} of {len(d)}"
-
-
 def views_page(rows, views, file):
     first = views[0]["settings"]
     datas = unique(row["settings"]["data"] for row in views)
@@ -350,39 +333,6 @@ def views_section(rows, views):
 
 {chr(10).join(f"- {text}" for text in texts)}
 """
-
-
-def page_head(title, rows, some, options, file):
-    "Title, command and versions."
-    seeds = len(unique(row["settings"]["seed"] for row in some))
-    measure = options.pop("measure")
-    command = " ".join(f"--{name} {value}" for name, value in options.items())
-    versions = " and ".join(unique(f"torch {r['torch']}, fastai {r['fastai']}, {r['device']}" for r in some))
-    return f"""# {title}
-
-```bash
-OMP_NUM_THREADS=1 python examples/benchmark_unlabeled.py --measure {measure} {command} --seeds {seeds} --out nbs/results
-```
-
-Made by this script with {versions}, seeds 0 to {seeds - 1}. The single runs are in [{file}]({file}).
-"""
-
-
-def teacher_row(rows, data):
-    return next(r for r in rows if r["settings"]["stage"] == "teacher" and r["settings"]["data"] == data)
-
-
-def about_teacher(rows, data):
-    row = teacher_row(rows, data)
-    images = row["settings"]["teacher_recipe"][0]
-    return (
-        f"The teacher has {row['settings']['teacher']} channels and learned from "
-        f"{f'{images:,}' if images else 'all'} labeled images; it reaches {row['test']:.1f} %."
-    )
-
-
-def markdown(lines):
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def draw(rows, labels, path):

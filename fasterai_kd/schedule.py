@@ -7,6 +7,8 @@ from typing import Any
 
 from fastai.callback.schedule import sched_cos, sched_lin
 
+from ._docs import describe_parameters
+
 __all__ = [
     "Schedule",
     "agp",
@@ -71,30 +73,38 @@ class Schedule:
         return ax
 
 
-def sched_oneshot(start: float, end: float, pos: float) -> float:
+def sched_oneshot(
+    start: float,  # value at the beginning
+    end: float,  # value at the end
+    pos: float,  # share of the way done, 0 to 1
+) -> float:
     "`end` at once."
     return end
 
 
 def sched_iterative(
-    start: float,
-    end: float,
-    pos: float,
+    start: float,  # value at the beginning
+    end: float,  # value at the end
+    pos: float,  # share of the way done, 0 to 1
     n_steps: int = 3,  # number of equal steps
 ) -> float:
     "Stairs from `start` to `end`."
     return start + (end - start) / n_steps * math.ceil(pos * n_steps)
 
 
-def sched_agp(start: float, end: float, pos: float) -> float:
+def sched_agp(
+    start: float,  # value at the beginning
+    end: float,  # value at the end
+    pos: float,  # share of the way done, 0 to 1
+) -> float:
     'Fast at first, then slower: a cubic (Zhu & Gupta, "To prune, or not to prune", 2017, eq. 1).'
     return end + (start - end) * (1 - pos) ** 3
 
 
 def sched_onecycle(
-    start: float,
-    end: float,
-    pos: float,
+    start: float,  # value at the beginning
+    end: float,  # value at the end
+    pos: float,  # share of the way done, 0 to 1
     α: float = 14,  # steepness
     β: float = 6,  # offset
 ) -> float:
@@ -102,7 +112,11 @@ def sched_onecycle(
     return start + (end - start) * (1 + math.exp(-α + β)) / (1 + math.exp(-α * pos + β))
 
 
-def sched_dsd(start: float, end: float, pos: float) -> float:
+def sched_dsd(
+    start: float,  # value at the beginning
+    end: float,  # value at the end
+    pos: float,  # share of the way done, 0 to 1
+) -> float:
     "To `end` in the middle and back to `start`, along a cosine."
     return sched_cos(start, end, 2 * pos)
 
@@ -121,6 +135,10 @@ schedules = ("one_shot", "iterative", "agp", "one_cycle", "cos", "lin", "dsd")
 def available_schedules() -> list[str]:
     "The names of the ready-made schedules."
     return list(schedules)
+
+
+for _function in (sched_agp, sched_dsd, sched_iterative, sched_onecycle, sched_oneshot):
+    describe_parameters(_function)
 
 
 def factor_at(schedule: Any, pct: float) -> float:

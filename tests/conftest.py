@@ -127,6 +127,9 @@ def make_learner(dls, student):
     return make
 
 
+SCRIPTS = ("benchmarks", "benchmark_losses", "benchmark_unlabeled", "pictures", "quickstart")
+
+
 @contextmanager
 def example(name):
     "The names in a script of examples/, whose helpers can be imported meanwhile."
@@ -135,7 +138,7 @@ def example(name):
         warnings.simplefilter("ignore")  # of other libraries' imports, to compare with
         patch.syspath_prepend(script.parent)
         yield runpy.run_path(str(script))
-    for name in [name for name in sys.modules if name.split(".")[0] in ("benchmarks", "pictures", "quickstart")]:
+    for name in [name for name in sys.modules if name.split(".")[0] in SCRIPTS]:
         del sys.modules[name]
 
 

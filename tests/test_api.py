@@ -13,6 +13,7 @@ import pytest
 from fastai.learner import Learner
 
 import fasterai_kd
+from fasterai_kd import schedule
 from fasterai_kd.losses import intermediate, output, relations
 from fasterai_kd.losses._traits import REGISTRY
 
@@ -61,12 +62,20 @@ def test_every_public_object_has_a_docstring_and_typed_arguments(obj):
     assert all(p.annotation is not p.empty for p in params)
 
 
-@pytest.mark.parametrize("obj", [*PUBLIC, Learner.distill], ids=lambda o: o.__name__)
+SHAPES = [getattr(schedule, name) for name in SCHEDULES if name.startswith("sched_")]
+METHODS = [fasterai_kd.Teacher.forward, fasterai_kd.Schedule.progress]
+
+
+@pytest.mark.parametrize("obj", [*PUBLIC, *SHAPES, *METHODS, Learner.distill], ids=lambda o: o.__qualname__)
 def test_help_shows_what_every_parameter_means(obj):
     shown = pydoc.render_doc(obj, renderer=pydoc.plaintext)
     for name, p in inspect.signature(obj).parameters.items():
         if p.kind != p.VAR_KEYWORD and name != "self":
             assert re.search(rf"^ *\|? *{name}: \S", shown, re.MULTILINE), name
+
+
+def test_help_shows_where_further_arguments_go():
+    assert re.search(r"^ *kwargs: of the callback", pydoc.render_doc(Learner.distill, renderer=pydoc.plaintext), re.M)
 
 
 @pytest.mark.parametrize("name", LOSSES)

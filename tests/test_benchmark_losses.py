@@ -168,7 +168,7 @@ def fashion(tmp_path):
 def test_fashion_mnist_is_read_as_debian_packs_it(main, fashion, helper):
     rows, report = main("fashion-mnist", *CNN, fashion, "--student=2", "--teacher-images=50", "--seeds=1")
     assert of(rows, student="2", seed=0)
-    assert "Distilled students on fashion-mnist" in report
+    assert "# Losses on Fashion-MNIST, few labels" in report
     x, y, n = helper("data").read_fashion_mnist(fashion.removeprefix("--folder="))
     assert x.shape == (290, 1, 28, 28)
     assert (y.tolist()[:11], n) == ([*range(10), 0], 240)

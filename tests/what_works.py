@@ -14,8 +14,8 @@ import pytest
 TESTS = Path(__file__).parent
 HEAD = """# What works with what
 
-Each row is held by the tests beside it, which train real fastai Learners. Made from the tests' markers by
-`python tests/what_works.py > nbs/what_works.md`.
+Each row is tested with real fastai Learners. The tick links to the file of the test; its title is the test's name. This
+page is generated from the tests' markers: `python tests/what_works.py > nbs/what_works.md`.
 """
 
 
@@ -34,13 +34,17 @@ def table(items: Iterable[pytest.Item]) -> str:
     for item in items:
         for mark in item.iter_markers("works"):
             area, row = mark.args
-            areas.setdefault(area, {}).setdefault(row, set()).add(f"{item.path.stem}::{item.originalname}")
+            areas.setdefault(area, {}).setdefault(row, set()).add((item.path.stem, item.originalname))
     lines = [HEAD]
     for area, rows in areas.items():
-        lines += [f"## {area.capitalize()}", "", "| what | held by |", "|---|---|"]
-        lines += [f"| {row} | {', '.join(f'`{name}`' for name in sorted(names))} |" for row, names in rows.items()]
+        lines += [f"## {area.capitalize()}", "", "| what | test |", "|---|---|"]
+        lines += [f"| {row} | {' '.join(tick(*test) for test in sorted(tests))} |" for row, tests in rows.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def tick(file: str, test: str) -> str:
+    return f'[✓](../tests/{file}.py "{test}")'
 
 
 if __name__ == "__main__":

@@ -18,6 +18,13 @@ ABOUT = {
     "pets": "Oxford-IIIT Pets, cats against dogs: 70 % of the images for training, 10 % to tune, 20 % to test",
     "cifar100": "CIFAR-100, 32x32, 100 classes: its training and its test images, nothing to tune",
 }
+TITLES = {
+    "digits": "Losses on digits",
+    "fashion-mnist": "Losses on Fashion-MNIST, few labels",
+    "fashion-mnist-all": "Losses on Fashion-MNIST, all labels",
+    "pets": "Losses on Oxford Pets",
+    "cifar100": "Losses on CIFAR-100",
+}
 GROUPS = {
     "": "",
     "default": "the eight with the losses guide's weights",
@@ -136,7 +143,7 @@ def head(rows, data):
         for teacher in values["teacher"]
     ]
     return (
-        f"# Distilled students on {data}\n\n```bash\n" + "\n".join(commands) + "\n```\n\n"
+        f"# {TITLES[data]}\n\n```bash\n" + "\n".join(commands) + "\n```\n\n"
         f"Made by this script, torch {versions['torch']}, fastai {versions['fastai']}, {versions['device']}; the "
         f"single runs, with all settings, are in [{data}.jsonl]({data}.jsonl).\n\n{ABOUT[data]}. {HOW}"
     )
