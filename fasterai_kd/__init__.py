@@ -1,4 +1,4 @@
-"Knowledge distillation for fastai: one callback, a dozen losses."
+"Knowledge distillation for fastai: one callback, fifteen losses."
 
 __version__ = "0.1.0"
 

@@ -202,8 +202,10 @@ def DIST(
 
 def _split_target(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "log p[y] and log(1 - p[y]) of softmax(z), and `z` shifted to log-probabilities among the other classes."
-    rest = z.scatter(1, y, -math.inf).logsumexp(1, keepdim=True)
-    rest = rest.clamp(min=torch.finfo(rest.dtype).min)  # where a mask leaves the target alone
+    others = z.scatter(1, y, -math.inf).clamp(
+        min=torch.finfo(z.dtype).min
+    )  # finite where a mask leaves the target alone
+    rest = others.logsumexp(1, keepdim=True)
     z_y = z.gather(1, y)
     total = torch.logaddexp(z_y, rest)
     return z_y - total, rest - total, z - rest
