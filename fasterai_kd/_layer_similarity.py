@@ -9,8 +9,9 @@ from fastcore.basics import listify, tuplify
 from torch import Tensor, nn
 
 from ._modules import evaluating
-from ._tensors import plain, shape_of
+from ._tensors import pixels, plain, shape_of
 from .features.hooks import FeatureHooks
+from .features.layout import Layouts
 from .losses.matching import match_feature_layers
 
 __all__ = ["Layers", "attention_maps", "cka_matrix", "layer_features", "layer_names", "linear_cka"]
@@ -51,11 +52,13 @@ def layer_features(
 
 
 def attention_maps(model: Any, names: Sequence[str], xb: Tensor, who: str) -> list[Tensor]:
-    "(B, H, W) for each layer: the mean over channels of F²."
-    maps = layer_features(model, names, xb, who)
-    for name, fm in zip(names, maps, strict=True):
-        if fm.ndim != 4:
+    "(B, H, W) for each layer, also of tokens: the mean over channels of F²."
+    maps, layouts = layer_features(model, names, xb, who), Layouts(_model(model, who), who)
+    for i, (name, fm) in enumerate(zip(names, maps, strict=True)):
+        layout = layouts.of(name, fm, pixels(xb))
+        if layout is None or layout.grid is None:
             raise ValueError(f"attention is of maps (B, C, H, W), but layer {name!r} of the {who} gives {shape_of(fm)}")
+        maps[i] = layout.as_map(fm)
     return [fm.square().mean(1) for fm in maps]
 
 

@@ -99,7 +99,7 @@ ROOMS = {  # may import, besides the floor
     "weighting": set(),
     "history": set(),
     "extra_optimizers": set(),
-    "_layer_similarity": {"features.hooks", "losses.matching"},
+    "_layer_similarity": {"features.hooks", "features.layout", "losses.matching"},
     "mutual_learning": {"losses", "teacher.output", "weighting"},
     "distiller": {"losses", "features", "teacher", "data", "history", "extra_optimizers"},
     "distillation_callback": {"distiller", "losses", "teacher", "weighting", "history"},

@@ -15,6 +15,7 @@ from fastai.torch_core import params
 from torch import nn
 
 from fasterai_kd import *
+from fasterai_kd.losses._traits import name_of
 from fasterai_kd.schedule import cos
 
 
@@ -278,7 +279,7 @@ def test_without_labels_a_regression_stays_one(capsys):
 
 
 @pytest.mark.parametrize(
-    "loss", [SoftTarget, DIST, Mutual, HardTarget, combine((SoftTarget, 1.0), (Logits, 1.0))], ids=str
+    "loss", [SoftTarget, DIST, Mutual, HardTarget, combine((SoftTarget, 1.0), (Logits, 1.0))], ids=name_of
 )
 def test_softmax_losses_warn_where_classes_are_independent_and_name_the_loss_for_them(loss):
     learn = quiet(Learner(dls_with(several), Net(), loss_func=BCEWithLogitsLossFlat()))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from fasterai_kd import *
+from fasterai_kd._layer_similarity import attention_maps, layer_features
 from fasterai_kd.features.layout import Aligner, Layouts, is_channels_last, token_grid
 
 works = pytest.mark.works
@@ -376,3 +377,13 @@ def test_an_adapter_with_batchnorm_takes_a_batch_of_one_sample(make_learner, dls
     learn.fit(1, 0.01, cbs=kd)
     assert len(kd.history["kd_loss"]) == 6
     assert all(torch.isfinite(p).all() for p in kd.adapters.parameters())
+
+
+# Pictures
+
+
+def test_attention_of_tokens_is_that_of_the_map_that_they_are():
+    vit, x = made(Vit), torch.randn(2, 3, 16, 16)
+    (maps,) = attention_maps(vit, ["blocks.1"], x, "teacher")
+    (tokens,) = layer_features(vit, ["blocks.1"], x, "teacher")
+    assert_close(maps, tokens[:, 1:].square().mean(2).view(2, 2, 2))

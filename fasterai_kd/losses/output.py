@@ -202,9 +202,7 @@ def DIST(
 
 def _split_target(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "log p[y] and log(1 - p[y]) of softmax(z), and `z` shifted to log-probabilities among the other classes."
-    others = z.scatter(1, y, -math.inf).clamp(
-        min=torch.finfo(z.dtype).min
-    )  # finite if no class is left
+    others = z.scatter(1, y, -math.inf).clamp(min=torch.finfo(z.dtype).min)  # finite if no class is left
     rest = others.logsumexp(1, keepdim=True)
     z_y = z.gather(1, y)
     total = torch.logaddexp(z_y, rest)
