@@ -16,6 +16,7 @@ from torch import nn
 from fasterai_kd import *
 from fasterai_kd._class_axis import class_dim
 from fasterai_kd.losses.evaluate import LossEvaluator
+from fasterai_kd.teacher.output import TeacherOutput
 
 CLASSES = 5
 OVER_CLASSES = [SoftTarget, DecoupledKD, Mutual, DIST]
@@ -283,8 +284,8 @@ def test_labels_are_mixed_with_classes_last_as_with_classes_first(loss):
     evaluator = LossEvaluator(loss, [], [])
     values = []
     for dim in (2, 1):
-        outputs = {"pred": s.movedim(2, dim), "teacher_pred": t.movedim(2, dim), "fm_s": {}, "fm_t": {}}
-        values.append(evaluator.evaluate(outputs, y, mix, 0.5, class_dim=dim)[loss.__name__])
+        out = TeacherOutput(t.movedim(2, dim), {})
+        values.append(evaluator.evaluate(s.movedim(2, dim), out, {}, y, mix, 0.5, class_dim=dim)[loss.__name__])
     torch.testing.assert_close(*values)
     if loss is DecoupledKD:
         two = [DecoupledKD(s.movedim(2, 1), t.movedim(2, 1), target=z, reduction="none") for z in (y, mix.yb1[0])]
