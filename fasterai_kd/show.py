@@ -1,6 +1,6 @@
-"""Pictures for notebooks: `from fasterai_kd.show import *`.
+"""Pictures and tables for notebooks: `from fasterai_kd.show import *`.
 
-Each function draws in `ax`, or in a new figure, and returns the axes to go on with. Where a student or a teacher is
+Each picture draws in `ax`, or in a new figure, and returns the axes to go on with. Where a student or a teacher is
 expected, a `Learner` does as well; models run in evaluation mode and are left as they were.
 """
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from torch import Tensor
 
@@ -17,11 +18,14 @@ from ._layer_similarity import Layers, attention_maps, cka_matrix, layer_feature
 from ._tensors import plain, shape_of
 from .distillation_callback import KnowledgeDistillationCallback
 from .losses.matching import LayerPairs
+from .payoff import LATENCY, PARAMETERS, RATIOS, SIZES, compare_models
 
 __all__ = [
+    "compare_models",
     "linear_cka",
     "plot_losses",
     "plot_similarity",
+    "plot_tradeoff",
     "show_attention",
     "show_pairs",
 ]
@@ -141,6 +145,44 @@ def plot_similarity(
         a.set(title="linear CKA", ylabel=title, xlabel="teacher", yticks=range(len(names_s)), yticklabels=names_s)
         _name_ticks(a, names_t)
     return axes
+
+
+def plot_tradeoff(
+    table: pd.DataFrame,  # of `compare_models`
+    metric: str | None = None,  # column to show; None: the first metric
+    arrow: tuple[str, str] | None = None,  # from a row to another; None: from "student alone" to the last row
+    ax: Axes | None = None,
+) -> Axes:
+    """A metric against latency, on a logarithmic axis; the area of a disc shows the number of parameters.
+
+    Raises ValueError for a table without metrics, an unknown metric, or an arrow between unknown rows.
+    """
+    metrics = [name for name in table if name not in (*SIZES, *RATIOS)]
+    if not {LATENCY, PARAMETERS} <= set(table) or not metrics or metric not in (None, *metrics):
+        raise ValueError(f"plot_tradeoff needs a table of compare_models with metrics, got {metric=} of {list(table)}")
+    if arrow is None and "student alone" in table.index[:-1]:
+        arrow = ("student alone", table.index[-1])
+    if arrow is not None and not set(arrow) <= set(table.index):
+        raise ValueError(f"arrow must name two rows of {list(table.index)}, got {arrow}")
+    y, ms, areas = table[metric or metrics[0]], table[LATENCY], 2500 * table[PARAMETERS] / table[PARAMETERS].max()
+    ax = _axes(ax, (7, 4))
+    for name, color in zip(table.index, cycle(COLORS), strict=False):
+        ax.scatter(ms[name], y[name], s=areas[name], color=color, alpha=0.7, lw=0)
+        text, right = f"{name}\n{table[PARAMETERS][name]:,} parameters", 8 + (areas[name] / np.pi) ** 0.5
+        ax.annotate(text, (ms[name], y[name]), (right, 0), textcoords="offset points", va="center")
+    if arrow is not None:
+        tail, head = ((ms[name], y[name]) for name in arrow)
+        style = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 5, "shrinkB": 5, "mutation_scale": 15}
+        ax.annotate("", head, tail, arrowprops=style)
+    ax.set(xscale="log", xlabel=f"latency in ms, batch of 1{_on(table)}", ylabel=y.name)
+    ax.set_xlim(ms.min() / 2, ms.max() * 5)  # room for the names
+    ax.margins(y=0.2)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _on(table: pd.DataFrame) -> str:
+    return f", {table.attrs['device']}" if "device" in table.attrs else ""
 
 
 def _axes(ax: Any, figsize: tuple[float, float], *shape: int) -> Any:
