@@ -141,13 +141,13 @@ def _on_device(learn: Learner, device: Any) -> tuple[nn.Module, tuple[Any, ...],
 
 
 def _sample(dls: Any) -> tuple[Any, ...]:
-    "Inputs of one sample, of the validation set if there is one."
+    "Inputs of one sample, of the validation set if there is one; plain tensors, as fastai's types take time."
     loader = dls.valid if len(dls.loaders) > 1 and len(dls.valid) else dls.train
     with torch.random.fork_rng([]):  # a loader draws a seed for its workers
         batch = loader.one_batch() if hasattr(loader, "one_batch") else next(iter(loader))
     batch = (batch,) if isinstance(batch, Tensor) else batch
     inputs = tuple(batch)[: getattr(dls, "n_inp", max(1, len(batch) - 1))]
-    return tuple(map_tensors(lambda x: x[:1], inputs))
+    return tuple(map_tensors(lambda x: x[:1].as_subclass(Tensor), inputs))
 
 
 def _timed(model: nn.Module, xb: tuple[Any, ...], device: torch.device) -> Callable[[], float]:

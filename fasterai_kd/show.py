@@ -65,6 +65,7 @@ def show_attention(
     pairs: Layers | None = None,  # layers to compare; None: those of `match_feature_layers`
     before: Any = None,  # the student before the training, say a deepcopy of it
     ax: Any = None,  # array of axes, a row for each pair
+    overlay: bool = False,  # draw the maps over the image
 ) -> Any:
     """Where layers are active, a row for each pair: the mean over channels of F², each map from 0 to its own maximum.
 
@@ -86,7 +87,11 @@ def show_attention(
     for column, (title, maps) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title)
         for a, m in zip(column, maps, strict=True):
-            a.imshow(m, cmap="gray" if title == "image" else MAPS, vmin=0)
+            over = overlay and title != "image"
+            frame = (-0.5, xb.shape[3] - 0.5, xb.shape[2] - 0.5, -0.5) if over else None
+            if over:
+                a.imshow(columns["image"][0], cmap="gray", vmin=0)
+            a.imshow(m, cmap="gray" if title == "image" else MAPS, vmin=0, alpha=0.6 if over else None, extent=frame)
             a.set(xticks=[], yticks=[])
     for a, s, t in zip(axes[:, 0], names_s, names_t, strict=True):
         a.set_ylabel(f"{s} ↔ {t}")
@@ -175,7 +180,8 @@ def plot_tradeoff(
         style = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 5, "shrinkB": 5, "mutation_scale": 15}
         ax.annotate("", head, tail, arrowprops=style)
     ax.set(xscale="log", xlabel=f"latency in ms, batch of 1{_on(table)}", ylabel=y.name)
-    ax.set_xlim(ms.min() / 2, ms.max() * 5)  # room for the names
+    ax.set_xlim(ms.min() / 2, ms.max() * 6)  # room for the names
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.margins(y=0.2)
     ax.spines[["top", "right"]].set_visible(False)
     return ax

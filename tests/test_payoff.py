@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import Net, hooks, same, state
 from fastai.metrics import accuracy
+from fastai.torch_core import TensorImage
 from torch import nn
 
 from fasterai_kd import KnowledgeDistillationCallback, SoftTarget
@@ -51,20 +52,21 @@ def test_a_row_for_each_model_and_ratios_to_the_first(three):
     assert table["faster"]["student"] == table["latency (ms)"]["teacher"] / table["latency (ms)"]["student"]
 
 
-def test_a_forward_pass_is_of_one_sample_without_a_graph_in_evaluation_mode(make_learner):
+def test_a_forward_pass_is_of_one_plain_sample_without_a_graph_in_evaluation_mode(make_learner, dls):
     class Seen(nn.Module):
         def __init__(self):
             super().__init__()
             self.net, self.calls = Net(), []
 
         def forward(self, x):
-            self.calls.append((len(x), torch.is_grad_enabled(), self.training, self.net.bn1.training))
+            self.calls.append((type(x), len(x), torch.is_grad_enabled(), self.training, self.net.bn1.training))
             return self.net(x)
 
+    dls.valid.after_batch = lambda b: (TensorImage(b[0]), b[1])
     model = Seen().train()
     compare_models({"seen": make_learner(model, metrics=None)}, repeats=7)
     assert len(model.calls) == 7 + 5 * 3  # and a warm-up in each round
-    assert set(model.calls) == {(1, False, False, False)}
+    assert set(model.calls) == {(torch.Tensor, 1, False, False, False)}
     assert model.training
 
 
