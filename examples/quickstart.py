@@ -2,11 +2,12 @@
 
     python quickstart.py                        # about 90 seconds on two cores
     python quickstart.py --seeds 1 --epochs 1   # a first look, not a result
+    python quickstart.py --picture quickstart.png --table quickstart.md   # the pay-off as files
 
 The teacher learns from 897 labeled images, the students from 100 of them; 900 other images are the validation set. The
 last student sees the other 797 images too, without their labels: the teacher says what they are. All students have the
 same labeled images, steps and learning rate, which was chosen on the validation set. The losses shown for a distilled
-student include the distillation loss: compare accuracies.
+student include the distillation loss: compare accuracies. At the end the last student is exported to a file.
 """
 
 import argparse
@@ -15,14 +16,15 @@ import warnings
 warnings.filterwarnings("ignore", message="`torch.jit.script`")  # raised by fastai's import under a new torch
 
 from fastai.vision.all import *  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 from sklearn.model_selection import train_test_split  # noqa: E402
 
 from fasterai_kd.all import *  # noqa: E402
+from fasterai_kd.show import compare_models, plot_tradeoff  # noqa: E402
 
 TEACHER, STUDENT = 64, 6  # channels of the first layer
 ALL, FEW = 897, 100  # labeled images
+DRAWS = 3200  # images shown in an epoch
 
 
 def get_images(labeled: int) -> tuple[L, L, L]:
@@ -32,7 +34,7 @@ def get_images(labeled: int) -> tuple[L, L, L]:
     rest = train[:0]
     if labeled < len(train):
         train, rest = train_test_split(train, train_size=labeled, stratify=y[train], random_state=0)
-    x, y = tensor(x).float().view(-1, 1, 8, 8) / 16, tensor(y)
+    x = (x * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8)  # as in a picture file
     return tuple(L(zip(x[part], y[part], strict=True)) for part in (train, rest, valid))
 
 
@@ -41,19 +43,26 @@ def get_dls(
     draws: int,  # images shown in an epoch, each about draws / labeled times
 ) -> DataLoaders:
     train, _, valid = get_images(labeled)
-    return DataLoaders(get_loader(train * max(1, draws // labeled)), DataLoader(valid, bs=900))
+    train = train * max(1, draws // labeled)
+    block = DataBlock(
+        (ImageBlock(PILImageBW), CategoryBlock(vocab=list(range(10)))),
+        get_x=ItemGetter(0),
+        get_y=ItemGetter(1),
+        splitter=IndexSplitter(range(len(train), len(train) + len(valid))),
+        batch_tfms=Shift(),
+    )
+    return block.dataloaders(train + valid, bs=32, val_bs=900, num_workers=0)
 
 
-def get_loader(items: L) -> DataLoader:
-    return DataLoader(items, bs=32, shuffle=True, drop_last=True, after_batch=shift)
+class Shift(Transform):
+    "Move each training image by up to one pixel: few images are soon known by heart."
 
+    split_idx = 0  # not in validation
 
-def shift(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    "Move each image by up to one pixel: few images are soon known by heart."
-    x, y = batch
-    moved = F.pad(x, (1, 1, 1, 1)).unfold(2, 8, 1).unfold(3, 8, 1)  # (B, 1, 3, 3, 8, 8): all nine shifts
-    row, col = torch.randint(3, (2, len(x)))
-    return moved[torch.arange(len(x)), :, row, col], y
+    def encodes(self, x: TensorImageBW) -> TensorImageBW:
+        moved = F.pad(x, (1, 1, 1, 1)).unfold(2, 8, 1).unfold(3, 8, 1)  # (B, 1, 3, 3, 8, 8): all nine shifts
+        row, col = torch.randint(3, (2, len(x)))
+        return moved[torch.arange(len(x)), :, row, col]
 
 
 def cnn(width: int) -> nn.Module:
@@ -68,9 +77,9 @@ def cnn(width: int) -> nn.Module:
     )
 
 
-def get_learner(width: int, labeled: int, draws: int, seed: int) -> Learner:
+def get_learner(width: int, labeled: int, draws: int = DRAWS, seed: int = 0, metrics: object = accuracy) -> Learner:
     set_seed(seed, reproducible=True)  # before the DataLoaders, which draw the order of the images from it
-    return Learner(get_dls(labeled, draws), cnn(width), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    return Learner(get_dls(labeled, draws), cnn(width), loss_func=CrossEntropyLossFlat(), metrics=metrics)
 
 
 def fit(learn: Learner, epochs: int, lr: float, cbs: Callback | None = None, title: str | None = None) -> float:
@@ -79,7 +88,7 @@ def fit(learn: Learner, epochs: int, lr: float, cbs: Callback | None = None, tit
     learn.logger([f"{title}\n{'epoch':>12}", "train_loss", "valid_loss", "accuracy", "time"])
     with learn.no_bar():
         learn.fit_one_cycle(epochs, lr, cbs=cbs)
-    return 100 * learn.recorder.values[-1][-1]
+    return 100 * learn.recorder.values[-1][2]
 
 
 def print_row(row: list[object]) -> None:
@@ -96,29 +105,22 @@ def show_table(results: dict[str, list[float]]) -> None:
         print(f"{name:<25} {f'{np.mean(accs):.1f}{std}':>13} {gain:>6}".rstrip())
 
 
-def draw(results: dict[str, list[float]], title: str, about_teacher: str, path: str) -> None:
-    "A point for each seed, a bar at the mean, a line at the student alone."
-    fig = Figure(figsize=(7, 3.2), layout="constrained")
-    ax, alone = fig.subplots(), np.mean(results["student alone"])
-    ax.axvline(alone, color="0.4", ls="--", lw=1)
-    for i, accs in enumerate(results.values()):
-        mean, color = np.mean(accs), "#0072B2" if i else "0.4"
-        ax.plot(accs, [i] * len(accs), "o", color=color, alpha=0.6, ms=8, mec="none")
-        ax.plot(mean, i, "|", color=color, ms=26, mew=2.5)
-        text = f"{mean:.1f} %  ({mean - alone:+.1f})" if i else f"{mean:.1f} %"
-        ax.annotate(text, (1.02, i), xycoords=("axes fraction", "data"), va="center")
-    ax.set(title=title, xlabel=f"validation accuracy in %; {about_teacher}")
-    ax.set(yticks=range(len(results)), yticklabels=results, ylim=(len(results) - 0.5, -0.5))
-    ax.spines[["top", "right"]].set_visible(False)
-    fig.savefig(path, dpi=150)
+def write_markdown(table: pd.DataFrame, about: str, path: str) -> None:
+    "The table as a page of the documentation."
+    text = table.formatted()
+    lines = [["", *text], ["---"] + ["---:"] * len(text.columns), *([name, *row] for name, *row in text.itertuples())]
+    rows = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    Path(path).write_text(f"# The quickstart's pay-off\n\n{about}\n\n{rows}\n{table.note}\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Knowledge distillation on handwritten digits")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each student")
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--draws", type=int, default=5000, help="training images in an epoch, with repetitions")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="training images in an epoch, with repetitions")
     parser.add_argument("--picture", default="quickstart.png", help="where to save the picture")
+    parser.add_argument("--export", default="student.pkl", help="where to save the last student")
+    parser.add_argument("--table", help="where to save the last table, as Markdown")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # in models as small as these, threads wait for each other
 
@@ -129,22 +131,27 @@ def main(argv: list[str] | None = None) -> None:
     students = {
         "student alone": lambda: None,
         "distilled": distil,
-        "with unlabeled images": lambda: distil(unlabeled=get_loader(get_images(FEW)[1])),  # its labels are ignored
+        "with unlabeled images": lambda: distil(unlabeled=get_images(FEW)[1]),  # the labels are ignored
     }
-    results = {name: [] for name in students}
+    results, models = {name: [] for name in students}, {"teacher": teacher}
     for seed in range(args.seeds):
         for name, make_callback in students.items():
-            student = get_learner(STUDENT, FEW, args.draws, seed)
+            student = models[name] = get_learner(STUDENT, FEW, args.draws, seed)
             kd = make_callback()
             results[name].append(fit(student, args.epochs, 2e-2, cbs=kd, title=f"\n{name}" if seed == 0 else None))
 
-    big, small = (sum(p.numel() for p in learn.model.parameters()) for learn in (teacher, student))
-    about_teacher = f"teacher: {big:,} parameters, {teacher_acc:.1f} %"
-    about_student = f"student: {small:,} parameters ({big / small:.0f} times fewer), {FEW} labeled images"
-    print(f"\n{about_teacher}\n{about_student}\n")
+    print(f"\nteacher: {teacher_acc:.1f} %; students: {FEW} labeled images\n")
     show_table(results)
-    draw(results, about_student, about_teacher, args.picture)
-    print(f"\npicture: {args.picture}")
+    table = compare_models(models)
+    means = {name: np.mean(accs) / 100 for name, accs in results.items()}
+    table["accuracy"] = pd.Series({"teacher": teacher_acc / 100, **means})
+    about = f"`examples/quickstart.py`: digits, {FEW} labeled images. Accuracy of students: mean of {args.seeds} seeds."
+    print(f"\n{table}\n")
+    plot_tradeoff(table).figure.savefig(args.picture, dpi=150, metadata={"Software": None} if args.table else None)
+    if args.table:
+        write_markdown(table, about, args.table)
+    student.export(args.export)
+    print(f"picture: {args.picture}\nstudent: {student.path / args.export}, to be loaded with load_learner")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Pictures for notebooks: `from fasterai_kd.show import *`.
+"""Pictures and tables for notebooks: `from fasterai_kd.show import *`.
 
-Each function draws in `ax`, or in a new figure, and returns the axes to go on with. Where a student or a teacher is
+Each picture draws in `ax`, or in a new figure, and returns the axes to go on with. Where a student or a teacher is
 expected, a `Learner` does as well; models run in evaluation mode and are left as they were.
 """
 
@@ -10,18 +10,23 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from ._docs import describe_parameters
 from ._layer_similarity import Layers, attention_maps, cka_matrix, layer_features, layer_names, linear_cka
 from ._tensors import plain, shape_of
 from .distillation_callback import KnowledgeDistillationCallback
 from .losses.matching import LayerPairs
+from .payoff import LATENCY, PARAMETERS, RATIOS, SIZES, compare_models
 
 __all__ = [
+    "compare_models",
     "linear_cka",
     "plot_losses",
     "plot_similarity",
+    "plot_tradeoff",
     "show_attention",
     "show_pairs",
 ]
@@ -61,6 +66,7 @@ def show_attention(
     pairs: Layers | None = None,  # layers to compare; None: those of `match_feature_layers`
     before: Any = None,  # the student before the training, say a deepcopy of it
     ax: Any = None,  # array of axes, a row for each pair
+    overlay: bool = False,  # draw the maps over the image
 ) -> Any:
     """Where layers are active, a row for each pair: the mean over channels of F², each map from 0 to its own maximum.
 
@@ -82,7 +88,11 @@ def show_attention(
     for column, (title, maps) in zip(axes.T, columns.items(), strict=True):
         column[0].set_title(title)
         for a, m in zip(column, maps, strict=True):
-            a.imshow(m, cmap="gray" if title == "image" else MAPS, vmin=0)
+            over = overlay and title != "image"
+            frame = (-0.5, xb.shape[3] - 0.5, xb.shape[2] - 0.5, -0.5) if over else None
+            if over:
+                a.imshow(columns["image"][0], cmap="gray", vmin=0)
+            a.imshow(m, cmap="gray" if title == "image" else MAPS, vmin=0, alpha=0.6 if over else None, extent=frame)
             a.set(xticks=[], yticks=[])
     for a, s, t in zip(axes[:, 0], names_s, names_t, strict=True):
         a.set_ylabel(f"{s} ↔ {t}")
@@ -143,6 +153,45 @@ def plot_similarity(
     return axes
 
 
+def plot_tradeoff(
+    table: pd.DataFrame,  # of `compare_models`
+    metric: str | None = None,  # column to show; None: the first metric
+    arrow: tuple[str, str] | None = None,  # from a row to another; None: from "student alone" to the last row
+    ax: Axes | None = None,
+) -> Axes:
+    """A metric against latency, on a logarithmic axis; the area of a disc shows the number of parameters.
+
+    Raises ValueError for a table without metrics, an unknown metric, or an arrow between unknown rows.
+    """
+    metrics = [name for name in table if name not in (*SIZES, *RATIOS)]
+    if not {LATENCY, PARAMETERS} <= set(table) or not metrics or metric not in (None, *metrics):
+        raise ValueError(f"plot_tradeoff needs a table of compare_models with metrics, got {metric=} of {list(table)}")
+    if arrow is None and "student alone" in table.index[:-1]:
+        arrow = ("student alone", table.index[-1])
+    if arrow is not None and not set(arrow) <= set(table.index):
+        raise ValueError(f"arrow must name two rows of {list(table.index)}, got {arrow}")
+    y, ms, areas = table[metric or metrics[0]], table[LATENCY], 2500 * table[PARAMETERS] / table[PARAMETERS].max()
+    ax = _axes(ax, (7, 4))
+    for name, color in zip(table.index, cycle(COLORS), strict=False):
+        ax.scatter(ms[name], y[name], s=areas[name], color=color, alpha=0.7, lw=0)
+        text, right = f"{name}\n{table[PARAMETERS][name]:,} parameters", 8 + (areas[name] / np.pi) ** 0.5
+        ax.annotate(text, (ms[name], y[name]), (right, 0), textcoords="offset points", va="center")
+    if arrow is not None:
+        tail, head = ((ms[name], y[name]) for name in arrow)
+        style = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 5, "shrinkB": 5, "mutation_scale": 15}
+        ax.annotate("", head, tail, arrowprops=style)
+    ax.set(xscale="log", xlabel=f"latency in ms, batch of 1{_on(table)}", ylabel=y.name)
+    ax.set_xlim(ms.min() / 2, ms.max() * 6)  # room for the names
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.margins(y=0.2)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _on(table: pd.DataFrame) -> str:
+    return f", {table.attrs['device']}" if "device" in table.attrs else ""
+
+
 def _axes(ax: Any, figsize: tuple[float, float], *shape: int) -> Any:
     "`ax` if given, else new axes; an array if there is a shape."
     if ax is None:
@@ -178,3 +227,7 @@ def _running_mean(values: Any, beta: float) -> Any:
         total, weight = beta * total + values[i], beta * weight + 1
         means[i] = total / weight
     return means
+
+
+for _name in __all__:
+    describe_parameters(globals()[_name])

@@ -104,7 +104,8 @@ ROOMS = {  # may import, besides the floor
     "distiller": {"losses", "features", "teacher", "data", "history", "extra_optimizers"},
     "distillation_callback": {"distiller", "losses", "teacher", "weighting", "history"},
     "distill": {"losses", "teacher", "distillation_callback"},
-    "show": {"losses", "distillation_callback", "_layer_similarity"},
+    "payoff": set(),
+    "show": {"losses", "distillation_callback", "_layer_similarity", "payoff"},
 }
 
 

@@ -2,11 +2,14 @@
 
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fastai.torch_core import TensorImageBW
 
 from fasterai_kd import KnowledgeDistillationCallback, SoftTarget
 
@@ -21,7 +24,7 @@ def quickstart():
 
 def rows(out):
     "The final table: name → mean, std (None for one seed), gain (None for the first row)."
-    table = out[out.index("accuracy in %") :]
+    table = out[out.index("accuracy in %") : out.index("parameters")]
     found = re.findall(
         r"^(student alone|distilled|with unlabeled images) +(\d+\.\d)(?: ± (\d+\.\d))?(?: +([+-]\d+\.\d))?$",
         table,
@@ -45,10 +48,36 @@ def test_it_prints_a_table_of_all_students_and_saves_a_picture(quickstart, tmp_p
         assert std is None
         assert gain is None if name == "student alone" else gain == pytest.approx(mean - alone, abs=0.11)  # rounded
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"^student alone +3,628 +21 +[\d.]+ +[\d.]+ +103× +7\d× +[\d.,]+×$", out, re.M)
+
+
+LOADED = """
+import sys, numpy
+from fastai.learner import load_learner
+learn = load_learner(sys.argv[1])
+print(*learn.predict(numpy.zeros((8, 8), "uint8"))[2].shape)
+"""
+
+
+def test_the_exported_student_predicts_in_another_process(tmp_path):
+    script = [sys.executable, "-W", "ignore", str(SCRIPT), *SMALL, "--table=payoff.md"]
+    subprocess.run(script, cwd=tmp_path, check=True, capture_output=True)
+    load = [sys.executable, "-W", "ignore", "-c", LOADED, "student.pkl"]
+    loaded = subprocess.run(load, cwd=tmp_path, capture_output=True, text=True)
+    assert loaded.stdout.split()[-1] == "10", loaded.stderr
+    assert (tmp_path / "payoff.md").read_text(encoding="utf-8").count("\n| ") == 6  # header, rule, four models
 
 
 def test_with_several_seeds_the_table_has_their_spread(quickstart, tmp_path, capsys):
-    quickstart.main([*SMALL, "--seeds=2", "--draws=100", f"--picture={tmp_path / 'digits.svg'}"])
+    quickstart.main(
+        [
+            *SMALL,
+            "--seeds=2",
+            "--draws=100",
+            f"--picture={tmp_path / 'digits.svg'}",
+            f"--export={tmp_path / 'student.pkl'}",
+        ]
+    )
     assert all(std is not None for _, std, _ in rows(capsys.readouterr().out).values())
     assert "<svg" in (tmp_path / "digits.svg").read_text(encoding="utf-8")
 
@@ -58,36 +87,35 @@ def test_the_student_is_100_times_smaller_than_its_teacher(quickstart):
     assert big > 100 * small
 
 
+def keys(items):
+    return [x.tobytes() for x, _ in items]
+
+
 def test_students_share_100_images_of_the_teacher_and_are_judged_on_others(quickstart):
     few, full = quickstart.get_dls(100, draws=400), quickstart.get_dls(897, draws=897)
-
-    def images(dl):
-        return [x.numpy().tobytes() for x, _ in dl.dataset]
-
     assert len(few.train_ds) == 400
-    assert len(set(images(few.train))) == 100
-    assert set(images(few.train)) <= set(images(full.train))
-    assert images(few.valid) == images(full.valid)
-    assert len(images(few.valid)) == 900
-    assert not set(images(full.train)) & set(images(full.valid))
+    assert len(set(keys(few.train.items))) == 100
+    assert set(keys(few.train.items)) <= set(keys(full.train.items))
+    assert keys(few.valid.items) == keys(full.valid.items)
+    assert len(few.valid.items) == 900
+    assert not set(keys(full.train.items)) & set(keys(full.valid.items))
 
 
 def test_the_unlabeled_images_are_those_that_the_student_has_no_labels_of(quickstart):
-    few, rest, valid = quickstart.get_images(100)
-    assert [len(part) for part in (few, rest, valid)] == [100, 797, 900]
-    keys = [{x.numpy().tobytes() for x, _ in part} for part in (few, rest, valid)]
-    assert not keys[0] & keys[1]
-    assert not keys[1] & keys[2]
+    few, rest, valid = map(keys, quickstart.get_images(100))
+    assert [len(few), len(rest), len(valid)] == [100, 797, 900]
+    assert not set(few) & set(rest)
+    assert not set(rest) & set(valid)
 
 
-def test_images_move_by_at_most_one_pixel(quickstart):
+def test_training_images_move_by_at_most_one_pixel_and_others_stay(quickstart):
     x = torch.zeros(64, 1, 8, 8)
     x[:, 0, 4, 4] = torch.arange(1, 65)
-    moved, y = quickstart.shift((x, torch.arange(64)))
+    moved = quickstart.Shift()(TensorImageBW(x), split_idx=0)
     assert torch.equal(moved.amax((1, 2, 3)), torch.arange(1.0, 65))  # each image stays in its place in the batch
-    assert torch.equal(y, torch.arange(64))
     where = {tuple(i[1:]) for i in moved.nonzero()[:, 1:].tolist()}
     assert where == {(row, col) for row in (3, 4, 5) for col in (3, 4, 5)}
+    assert torch.equal(quickstart.Shift()(TensorImageBW(x), split_idx=1), x)
 
 
 def test_a_seed_gives_the_same_student_again(quickstart):

@@ -393,3 +393,14 @@ def test_models_with_several_inputs_take_a_tuple():
     net = Two()
     ax = plot_similarity(net, net, (IMAGES, torch.arange(24)))
     assert ax.images[0].get_array()[0, 0] == pytest.approx(1)
+
+
+def test_attention_may_be_drawn_over_the_image(student, teacher, pairs):
+    plain = show_attention(IMAGES[3], student, teacher, pairs)
+    axes = show_attention(IMAGES[3], student, teacher, pairs, overlay=True)
+    assert [len(a.images) for a in axes[0]] == [1, 2, 2]
+    for a, b in zip(axes[:, 1:].flat, plain[:, 1:].flat, strict=True):
+        np.testing.assert_array_equal(a.images[0].get_array(), axes[0, 0].images[0].get_array())
+        np.testing.assert_array_equal(a.images[1].get_array(), b.images[0].get_array())
+        assert list(a.images[1].get_extent()) == [-0.5, 15.5, 15.5, -0.5]
+        assert 0 < a.images[1].get_alpha() < 1
