@@ -35,7 +35,7 @@ LOSSES = {
 ENCODER = {
     "scratch": "student alone",
     "SoftTarget": "`SoftTarget`, unlabeled images beside",
-    "pretrained": "pretrained on the encoder's embeddings of all images, then fine-tuned",
+    "pretrained": "pretrained on the encoder's embeddings of images without labels, then fine-tuned",
 }
 
 
@@ -178,7 +178,8 @@ The feature losses compare the pairs of `match_feature_layers`: the student's la
 {markdown(encoder[1])}
 
 The encoder is the same teacher without its last layer, so it has learned from labels. A foundation model has not. The
-pretrained student takes two thirds of the steps without any labels: `learn.distill(encoder, 1)`.
+pretrained student takes two thirds of the steps without any labels, on {2 * recipe[1] // 3:,} images:
+`learn.distill(encoder, 1)`.
 """
     file.with_suffix(".md").write_text(page, encoding="utf-8")
     print(file.with_suffix(".md"))
