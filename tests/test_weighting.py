@@ -237,3 +237,20 @@ def test_the_balance_is_measured_in_ten_batches(make_learner, teacher):
     weights = kd.history["weight"]
     assert len(set(weights[:10])) == 10
     assert len(set(weights[9:])) == 1
+
+
+def test_rounding_of_weight_times_schedule_does_not_lead_out_of_the_range():
+    assert Weighting(1.0, lambda pct: 1 + 1e-15, None).at(0.5) == 1
+
+
+def test_all_batches_are_measured_at_the_weights_that_the_first_one_found():
+    auto = AutoWeight(1.0, batches=3)
+    net, task, kd = two_losses(2.0)
+    auto.measure(task, kd, net)
+    auto.measure(task, kd + task, net)  # reaches the last weights too
+    assert auto._at[0] == "0.weight"
+
+
+def test_what_it_chose_is_said_once_also_where_the_fit_goes_on(make_learner, teacher, capsys):
+    make_learner().fit(4, 0.01, cbs=KnowledgeDistillationCallback(teacher, SoftTarget, weight="auto"))
+    assert capsys.readouterr().out.count("weight='auto'") == 1
