@@ -17,7 +17,6 @@ MAX_PREFIX = 5  # class and distillation token, registers
 class Layout(NamedTuple):
     "Where a layer has its channels and positions."
 
-    channels: int
     grid: Size | None  # None: tokens of no image
     prefix: int | None = None  # how many tokens come before those of the grid; None: a map
     channels_last: bool = False
@@ -67,19 +66,19 @@ class Layouts:
                 f"layer {name!r} of the {self._whose} gives {shape_of(x)} for images of {_by(size)}: are its channels "
                 "in dim 1 or in dim 3? Name another layer, or train on images of another size"
             )
-        channels, h, w = (x.shape[i] for i in ((3, 1, 2) if last else (1, 2, 3)))
-        return Layout(channels, (h, w), channels_last=last)
+        grid = x.shape[1:3] if last else x.shape[2:]
+        return Layout((grid[0], grid[1]), channels_last=last)
 
     def _tokens(self, name: str, x: Tensor, size: Size | None) -> Layout:
         if size is None:
-            return Layout(x.shape[2], None, 0)
+            return Layout(None, 0)
         found = token_grid(x.shape[1], size, self._model)
         if found is None:
             raise ValueError(
                 f"layer {name!r} of the {self._whose} gives {shape_of(x)} for images of {_by(size)}: its {x.shape[1]} "
                 f"tokens are no grid of these proportions with up to {MAX_PREFIX} others before it. Name another layer"
             )
-        return Layout(x.shape[2], *found)
+        return Layout(*found)
 
 
 class Aligner:
