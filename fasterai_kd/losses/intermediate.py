@@ -131,10 +131,10 @@ def _cosine(s: Tensor, t: Tensor) -> Tensor:
 
 
 def _channels(T: float, names: str, s: Tensor, t: Tensor) -> Tensor:
-    s, t = (x.movedim(channel_dim(x), 1) for x in (s, t))
-    if s.ndim < 3 or s.shape[2:].numel() < 2:
+    if s.ndim < 3 or s[0].numel() == s.shape[channel_dim(s)]:
         raise ValueError(
             f"CWD compares the positions of each channel, but {names} give {shape_of(s)}: "
             "name layers with maps, or use Similarity"
         )
+    s, t = (x.movedim(channel_dim(x), 1) for x in (s, t))
     return kl(s.flatten(2).flatten(0, 1) / T, t.flatten(2).flatten(0, 1) / T).mean() * T**2
