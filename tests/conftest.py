@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of scripts and notebooks that the tests run, too
 with warnings.catch_warnings():  # of fastai's own imports; everything else is an error
     warnings.simplefilter("ignore")
     import fastai.vision.all  # noqa: F401

@@ -22,6 +22,7 @@ TIMM = [
     "resnet10t", "repvgg_a0", "ghostnet_100", "efficientnet_lite0", "mobilenetv3_small_050", "convnext_atto",
     "edgenext_xx_small", "mobilevit_xxs", "vit_tiny_patch16_224", "mixer_s32_224",
 ]  # fmt: skip
+TOKENS = {"swin_t", "vit_b_16", "vit_tiny_patch16_224", "mixer_s32_224"}  # pair by depth, or have channels last
 TRANSFORMERS = {  # names of models of timm, or functions of `transformers`; with images of 64x64
     "vit_small_patch8": lambda: timm("vit_small_patch8_224", img_size=64, depth=6),
     "vit with registers": lambda: timm("vit_small_patch14_reg4_dinov2", img_size=70, patch_size=14, depth=6),
@@ -117,7 +118,7 @@ def test_pairs_are_those_of_the_snapshot_and_have_one_resolution(resnet18, arch)
     for size in SIZES:
         result = pairs_of(resnet18, teacher, size)
         assert lines(arch, size, result) in snapshot
-        if isinstance(result, Exception):
+        if isinstance(result, Exception) or arch in TOKENS:
             continue
         shapes = [maps(m, names, size) for m, names in zip((resnet18, teacher), result.values(), strict=True)]
         assert [s[2:] for s in shapes[0]] == [t[2:] for t in shapes[1]]
