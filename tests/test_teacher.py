@@ -388,3 +388,12 @@ def test_a_student_that_would_train_the_teachers_parameters_is_refused(make_lear
     teacher.layer1.requires_grad_(False)
     make_learner(student).fit(1, cbs=kd)
     assert len(kd.history["kd_loss"]) == 4
+
+
+def test_a_recurrent_member_of_an_ensemble_forgets_its_state_too():
+    members, events = [Net().eval(), Net().eval()], []
+    members[1].reset = lambda: events.append("reset")
+    teacher = Teacher([members[0], [members[1]]])
+    for training in (True, False):
+        teacher.begin_epoch(training)
+    assert events == ["reset", "reset"]
