@@ -307,3 +307,18 @@ def test_a_change_that_is_the_same_at_two_inputs_does_not_cancel_out():
     x, y = torch.randn(3, 8), torch.randn(3, 8)
     assert not set(keys(x, x)) & set(keys(y, y))
     assert not set(keys(x, y)) & set(keys(y, x))
+
+
+def test_names_shapes_and_buffers_that_no_file_has_count():
+    x, buffer = torch.arange(6.0), torch.zeros(2)
+
+    def of(name="a", shape=(2, 3)):
+        model = nn.ParameterDict({name: x.view(shape)})
+        model.register_buffer("hidden", buffer, persistent=False)
+        return fingerprint(model)
+
+    first = of()
+    assert first == of()
+    assert len({first, of(name="b"), of(shape=(3, 2))}) == 3
+    buffer += 1
+    assert of() != first

@@ -1,5 +1,7 @@
 "Outputs of a batch as one record a sample, and back."
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -94,3 +96,14 @@ def test_outputs_agree_within_a_share_of_the_largest():
     assert agree(a, {"a": torch.tensor([[1.05, 100.0]]), "b": torch.zeros(0)}, 1e-3)
     assert not agree(a, {"a": torch.tensor([[1.2, 100.0]]), "b": torch.zeros(0)}, 1e-3)
     assert not agree(a, {"a": torch.tensor([[1.0]]), "b": torch.zeros(0)}, 1e-3)
+
+
+def test_agreement_is_to_the_tolerance_and_of_one_shape_also_beside_nan_and_infinity():
+    def compare(change, value=None):
+        x = torch.tensor([[2.0, 4.0, value or 1.0], [1.0, 1.0, 1.0]])
+        return agree({"a": x}, {"a": x + torch.tensor([[change, 0, 0], [0, 0, 0]])}, 0.01)
+
+    for value in (None, math.nan, math.inf, -math.inf):
+        assert compare(0.039, value)
+        assert not compare(0.041, value)
+    assert not agree({"a": torch.ones(2, 3)}, {"a": torch.ones(1, 3)}, 0.01)

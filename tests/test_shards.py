@@ -93,6 +93,7 @@ HOSTILE = {
     "text": b"hello" * 100,
     "objects": header((1,), "|O") + pickle.dumps(Bomb()),
     "an object among the fields": header((1,), [(KEY, "<i8", (2,)), ("a", "|O")]) + pickle.dumps(Bomb()),
+    "objects of the right size": header((1,), [(KEY, "<i8", (2,)), ("a", "|O")]) + bytes(24),
     "3e8 classes": header((10,), [(KEY, "<i8", (2,)), ("a", "<f4", (300_000_000,))]),
     "1e15 records": header((10**15,), GOOD),
     "no key": header((1,), [("a", "<f4", (3,))]) + bytes(12),

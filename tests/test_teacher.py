@@ -17,6 +17,7 @@ from torch import nn
 
 from fasterai_kd import *
 from fasterai_kd._tensors import predictions
+from fasterai_kd.teacher.output import TeacherOutput
 from fasterai_kd.teacher.teacher import as_teacher
 
 
@@ -388,3 +389,19 @@ def test_a_student_that_would_train_the_teachers_parameters_is_refused(make_lear
     teacher.layer1.requires_grad_(False)
     make_learner(student).fit(1, cbs=kd)
     assert len(kd.history["kd_loss"]) == 4
+
+
+def test_a_recurrent_member_of_an_ensemble_forgets_its_state_too():
+    members, events = [Net().eval(), Net().eval()], []
+    members[1].reset = lambda: events.append("reset")
+    teacher = Teacher([members[0], [members[1]]])
+    for training in (True, False):
+        teacher.begin_epoch(training)
+    assert events == ["reset", "reset"]
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_classes_are_picked_where_they_are(dim):
+    pred = torch.randn(2, 5, 4)
+    picked = TeacherOutput(pred, {}).pick([3, 0], dim).pred
+    assert torch.equal(picked, pred[:, [3, 0]] if dim == 1 else pred[..., [3, 0]])
