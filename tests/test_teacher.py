@@ -403,5 +403,5 @@ def test_a_recurrent_member_of_an_ensemble_forgets_its_state_too():
 @pytest.mark.parametrize("dim", [1, 2])
 def test_classes_are_picked_where_they_are(dim):
     pred = torch.randn(2, 5, 4)
-    picked = TeacherOutput(pred, {}).pick([3, 0], dim).pred
+    picked = TeacherOutput(pred, {}, columns=[3, 0], class_dim=dim).pred
     assert torch.equal(picked, pred[:, [3, 0]] if dim == 1 else pred[..., [3, 0]])
