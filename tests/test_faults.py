@@ -264,3 +264,17 @@ def test_after_ctrl_c_in_the_students_forward_its_inputs_are_not_kept(make_learn
     gc.collect()
     assert len(kept) == 3
     assert [r for r in kept if r() is not None] == []
+
+
+def test_a_share_of_the_training_above_1_is_1(make_learner, teacher):
+    "fastai adds up shares, and their sum may be a little more."
+
+    def overshoot(self):
+        self.learn.pct_train = 1.25
+
+    early, seen = Callback(before_batch=overshoot), []
+    early.order = -5
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, schedule=lambda pct: seen.append(pct) or 1.0)
+    make_learner().fit(1, 0.01, cbs=[kd, early])
+    assert seen
+    assert set(seen) == {1.0}
