@@ -25,8 +25,7 @@ def class_dim(
         return 1
     last, first = y.shape == pred.shape[:-1], y.shape == pred.shape[:1] + pred.shape[2:]
     if last and first:
-        loss_func = getattr(getattr(loss_func, "__self__", None), "old_lf", loss_func)  # inside MixUp or CutMix
-        return getattr(loss_func, "axis", otherwise) % pred.ndim
+        return getattr(_without_mix(loss_func), "axis", otherwise) % pred.ndim
     return pred.ndim - 1 if last else 1
 
 
@@ -42,22 +41,26 @@ def has_independent_classes(
     loss_func: Any,  # the task loss
 ) -> bool:
     "Is each class a yes or no of its own, as for BCEWithLogitsLoss?"
-    own = _function_of(loss_func)
-    return isinstance(own, _INDEPENDENT) or own in _INDEPENDENT_FUNCTIONS
+    return _is_of(loss_func, _INDEPENDENT, _INDEPENDENT_FUNCTIONS)
 
 
 def is_of_numbers(
     loss_func: Any,  # the task loss
 ) -> bool:
     "Is it of a regression?"
-    own = _function_of(loss_func)
-    return isinstance(own, _OF_NUMBERS) or own in _OF_NUMBERS_FUNCTIONS
+    return _is_of(loss_func, _OF_NUMBERS, _OF_NUMBERS_FUNCTIONS)
 
 
-def _function_of(loss_func: Any) -> Any:
-    "What MixUp and CutMix, fastai's flattened losses and `partial` are made of."
-    loss_func = getattr(getattr(loss_func, "__self__", None), "old_lf", loss_func)
-    return getattr(loss_func, "func", loss_func)
+def _is_of(loss_func: Any, kinds: tuple[type, ...], functions: tuple[Any, ...]) -> bool:
+    "Also where fastai has flattened it, or `partial` has set arguments."
+    loss_func = _without_mix(loss_func)
+    own = getattr(loss_func, "func", loss_func)
+    return isinstance(own, kinds) or own in functions
+
+
+def _without_mix(loss_func: Any) -> Any:
+    "The task loss inside MixUp or CutMix."
+    return getattr(getattr(loss_func, "__self__", None), "old_lf", loss_func)
 
 
 def as_rows(

@@ -96,16 +96,9 @@ def _choose(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], y: Any) -> Ch
     out = teacher.forward(xb, class_dim=dim)
     comparable = pred.shape == out.pred.shape
     if (y is None or not comparable) and _is_encoder(teacher, out.output, xb):
-        layers = {
-            "activations_student": pooled_layer(learn.model, xb),
-            "activations_teacher": OUTPUT,
-            "adapter": "auto",
-        }
-        return (
-            Cosine,
-            layers,
-            f"the teacher is an encoder, whose embeddings {shape_of(out.pred)} the student is to give",
-        )
+        layers = {"activations_student": pooled_layer(learn.model, xb), "activations_teacher": OUTPUT}
+        why = f"the teacher is an encoder, whose embeddings {shape_of(out.pred)} the student is to give"
+        return Cosine, {**layers, "adapter": "auto"}, why
     if not comparable:
         shapes = f"{shape_of(pred)} and {shape_of(out.pred)}"
         pairs = _pairs(learn, teacher, xb, shapes)
