@@ -1,5 +1,6 @@
 "The distillation loss of a batch: what student and teacher make of it, and how the loss compares them."
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ._class_axis import class_dim, classes_first, has_independent_classes
 from ._modules import keeps_state, unwrap
-from ._tensors import DeferredBool, pixels, plain, predictions, size_of, take_first
+from ._tensors import DeferredBool, pixels, plain, predictions, size_of, take_first, tensors
 from .data.unlabeled import (
     StudentBatch,
     UnlabeledInputs,
@@ -163,7 +164,9 @@ class Distiller:
     def check_finite(self, learn: Learner) -> None:
         "A student that diverges is TerminateOnNaNCallback's business; a teacher that does is none to learn from."
         is_finite, outs, self._is_finite, self._outs = self._is_finite, self._outs, None, []
-        fault = None if is_finite is None or is_finite else next(filter(None, (out.fault() for out in outs)), None)
+        if is_finite is None or is_finite or not _is_number(learn.pred):
+            return
+        fault = next(filter(None, (out.fault() for out in outs)), None)
         if fault is None:
             return
         for holder in filter(None, (learn.opt, *self.modules)):
@@ -202,3 +205,8 @@ class Distiller:
     def modules(self) -> list[nn.Module]:
         "What is trained beside the student."
         return [*self.adapters.modules.values(), *self.evaluator.modules]
+
+
+def _is_number(pred: Any) -> bool:
+    "No nan or inf; -inf is a mask."
+    return all(bool((x < math.inf).all()) for x in tensors(pred))

@@ -161,7 +161,7 @@ def _last_shared(task: Tensor, kd: Tensor, student: nn.Module) -> tuple[str, Ten
     if not params:
         raise ValueError(_NOTHING_SHARED)
     for at in (*reversed([at for at in params if at[1].ndim > 1]), *reversed(params)):
-        if all(torch.autograd.grad(loss, at[1], retain_graph=True)[0].any() for loss in (task, kd)):
+        if all(_gradient(loss, at[1]).any() for loss in (task, kd)):
             return at
     return None
 

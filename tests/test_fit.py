@@ -322,6 +322,13 @@ def test_gradient_accumulation_makes_the_update_of_the_large_batch(make_learner,
         torch.testing.assert_close(a, b)
 
 
+def test_gradient_accumulation_divides_the_gradient_and_not_the_loss_shown(make_learner, teacher):
+    seen = []
+    watch = Callback(after_backward=lambda self: seen.append((self.loss.item(), self.loss_grad.item())))
+    make_learner().fit(1, 0.1, cbs=[kd_for(teacher, FitNet), GradientAccumulation(16), watch])
+    assert [loss for loss, _ in seen] == pytest.approx([4 * share for _, share in seen])  # batches of 4
+
+
 @works("training features", "MixUp and CutMix mix a loss on labels as they mix the task loss")
 @pytest.mark.parametrize("mix", [MixUp, CutMix])
 def test_mixup_and_cutmix_mix_a_loss_on_labels_as_they_mix_the_task_loss(make_learner, teacher, mix):

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from fastai.callback.tracker import TerminateOnNaNCallback
 
 from fasterai_kd import *
 
@@ -78,6 +79,16 @@ def test_a_class_that_the_student_alone_rules_out_is_an_infinite_mistake():
     assert Mutual(s, t).item() == math.inf
 
 
+@pytest.mark.parametrize("whose", ["t", "st"])
+def test_raw_outputs_that_the_teacher_masks_count_0(whose):
+    s, t, _ = logits(-math.inf, torch.float32, *whose)
+    loss = Logits(s, t)
+    loss.backward()
+    torch.testing.assert_close(loss, Logits(kept(s), kept(t)) * 4 / 6)
+    torch.testing.assert_close(s.grad[:, KEPT], 2 * (kept(s) - kept(t)) / s.numel())
+    assert not s.grad[:, [1, 4]].any()
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_label_that_is_masked_in_both_counts_nothing(normalize):
     s, t, y = logits(-math.inf, torch.float32, "s", "t")
@@ -109,17 +120,33 @@ def test_correlations_of_masked_outputs_are_finite():
     assert s.grad.isfinite().all()
 
 
+class Masked(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x).index_fill(1, torch.tensor([3]), -math.inf)
+
+
 def test_a_fit_on_masked_outputs_does_not_blame_the_teacher(make_learner, teacher, student):
-    class Masked(torch.nn.Module):
-        def __init__(self, net):
-            super().__init__()
-            self.net = net
-
-        def forward(self, x):
-            return self.net(x).index_fill(1, torch.tensor([3]), -math.inf)
-
     kd = KnowledgeDistillationCallback(Masked(teacher), SoftTarget, weight=1.0)
     learn = make_learner(Masked(student), loss_func=lambda pred, y: pred[:, :3].square().mean(), metrics=[])
     learn.fit(1, 0.1, cbs=kd)
     assert all(map(math.isfinite, kd.history["kd_loss"]))
     assert all(p.isfinite().all() for p in learn.model.parameters())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_student_that_diverges_beside_a_teacher_that_masks_is_not_blamed_on_the_teacher(make_learner, teacher, value):
+    learn = make_learner()
+    learn.model.head.weight.data.fill_(value)
+    kd = KnowledgeDistillationCallback(Masked(teacher), SoftTarget)
+    learn.fit(1, 0.1, cbs=[kd, TerminateOnNaNCallback()])
+    assert len(kd.history["kd_loss"]) == 1
+
+
+def test_a_teacher_that_masks_all_classes_of_a_sample_is_reported(make_learner, teacher):
+    teacher.register_forward_hook(lambda model, xb, pred: pred.index_fill(0, torch.tensor([0]), -math.inf))
+    with pytest.raises(FloatingPointError, match=r"the teacher gives nan or inf \(predictions\)"):
+        make_learner().fit(1, 0.1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))

@@ -66,10 +66,14 @@ def Logits(
 ) -> Tensor:
     """Mean squared difference of the raw outputs: for regression, or logits as they are.
 
+    A class that the teacher rules out by the logit -inf counts 0.
+
     Raises ValueError for unequal shapes.
     Source: Ba & Caruana, "Do Deep Nets Really Need to be Deep?", NeurIPS 2014, eq. 1.
     """
     s, t = same_shape("Logits", pred, teacher_pred)
+    out = t == -math.inf
+    s, t = s.masked_fill(out, 0), t.masked_fill(out, 0)
     if ignore_index is None:
         return F.mse_loss(s, t)
     return mean((s - t).square().mean(1), counted("Logits", s, target, ignore_index))
