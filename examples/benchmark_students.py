@@ -25,7 +25,7 @@ from benchmarks.students import FILE, HOWS, PAYOFF, draw, page  # noqa: E402
 from fastai.vision.all import *  # noqa: E402
 
 LABELS = 1000
-ROUNDS, CALLS, PAUSE = 50, 50, 0.1  # of the latency, in seconds
+ROUNDS, CALLS, PAUSE = 200, 50, 0.1  # of the latency, in seconds
 
 
 class Students(Measure):
