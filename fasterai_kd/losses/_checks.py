@@ -108,16 +108,16 @@ def kl(s: Tensor, t: Tensor, T: float = 1) -> Tensor:
 
 def times(p_t: Tensor, log_ratio: Tensor) -> Tensor:
     "`p_t · log_ratio`; a class that the teacher rules out (logit -inf) counts 0, also where the student does so too."
-    return p_t * log_ratio.masked_fill(p_t == 0, 0)
+    return p_t * torch.where(p_t == 0, 0.0, log_ratio)
 
 
 def _z_score(z: Tensor) -> Tensor:
     "Over the classes that no mask rules out, be it -inf or the least number of a dtype."
-    out = z <= torch.finfo(torch.float16).min
-    n = (~out).sum(1, keepdim=True, dtype=z.dtype)
-    centered = (z - z.masked_fill(out, 0).sum(1, keepdim=True) / n).masked_fill(out, 0)
+    kept = z > torch.finfo(torch.float16).min
+    n = kept.sum(1, keepdim=True, dtype=z.dtype)
+    centered = torch.where(kept, z - torch.where(kept, z, 0.0).sum(1, keepdim=True) / n, 0.0)
     std = centered.norm(dim=1, keepdim=True) / (n - 1).clamp(min=1).sqrt()
-    return (centered / (1e-7 + std)).masked_fill(out, -math.inf)
+    return torch.where(kept, centered / (1e-7 + std), -math.inf)
 
 
 def pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str, Tensor, Tensor]]:
