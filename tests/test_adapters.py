@@ -649,6 +649,7 @@ teardown_distrib()  # else torch sometimes aborts a process that ends
 """
 
 
+@pytest.mark.slow
 @works("many processes", "adapters: DDP on 2 processes gives the adapters of one process")
 def test_two_processes_train_the_adapters_that_one_trains(tmp_path):
     pytest.importorskip("accelerate")

@@ -176,6 +176,7 @@ print('done', kd.current_weight)
 """
 
 
+@pytest.mark.slow
 def test_a_script_for_fasterai_runs_after_a_change_of_its_imports():
     code = PEER_SCRIPT.replace("fasterai.distill", "fasterai_kd").replace(
         "fasterai.core.schedule", "fasterai_kd.schedule"

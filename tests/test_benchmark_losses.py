@@ -58,6 +58,7 @@ def of(rows, **settings):
     return [row for row in rows if settings.items() <= row["settings"].items()]
 
 
+@pytest.mark.slow
 def test_digits_are_reported_by_student_and_loss_and_no_run_is_repeated(main, no_training, helper, capsys):
     rows, report = main("digits", *CNN)
     assert "seed 1, default: Attention" in capsys.readouterr().out
@@ -175,6 +176,7 @@ def test_fashion_mnist_is_read_as_debian_packs_it(main, fashion, helper):
     assert 120 < x.float().mean() < 135
 
 
+@pytest.mark.slow
 def test_pets(main, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTAI_HOME", str(make_pets_home(tmp_path)))
     fastai_cfg.cache_clear()
@@ -185,6 +187,7 @@ def test_pets(main, tmp_path, monkeypatch):
     assert "resnet18 teaches resnet18" in report
 
 
+@pytest.mark.slow
 def test_cifar100(main, monkeypatch, helper):
     x, y = torch.randint(256, (140, 3, 32, 32), dtype=torch.uint8), torch.arange(140) % 100
     monkeypatch.setattr(helper("data"), "read_cifar100", lambda folder: (x, y, 100))

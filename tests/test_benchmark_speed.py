@@ -33,6 +33,7 @@ def numbers(cells):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("teacher", "losses"),
     [
@@ -77,6 +78,7 @@ def test_losses_only_has_a_row_for_each_loss_and_size(main, capsys):
         assert all(float(mb) >= 0 for mb in peaks if mb)
 
 
+@pytest.mark.slow
 def test_user_has_a_row_for_each_training(main, capsys):
     main([*TINY, "--user", "--losses=Attention", "--images=8", "--draws=100"])
     _, rows = table(capsys.readouterr().out)

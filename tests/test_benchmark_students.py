@@ -34,6 +34,7 @@ def fashion_mnist(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_tables_and_picture_are_made_and_no_run_is_repeated(script, fashion_mnist, no_training, monkeypatch):
     monkeypatch.setitem(script["size"].__globals__, "ROUNDS", 1)
     out = fashion_mnist / "out"

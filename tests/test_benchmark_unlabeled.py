@@ -42,6 +42,7 @@ def table(markdown):
     return [line[2:-2].split(" | ") for line in markdown.splitlines() if line.startswith("| ")][2:]
 
 
+@pytest.mark.slow
 def test_tables_and_picture_are_made_and_no_run_is_repeated(main, no_training, tmp_path):
     rows = main(*TINY, *LABELS)
     assert [len(of(rows, stage)) for stage in ("teacher", "labels", "views")] == [1, 5, 4]
@@ -59,6 +60,7 @@ def test_tables_and_picture_are_made_and_no_run_is_repeated(main, no_training, t
     assert [(tmp_path / name).read_text() for name in PAGES] == pages
 
 
+@pytest.mark.slow
 def test_the_teacher_rests_when_views_repeat(main):
     found = {row["settings"]["k"]: row for row in of(main(*TINY, "--measure=views", "--seeds=1"), "views")}
     n = found[1]["batches"]

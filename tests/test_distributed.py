@@ -116,6 +116,7 @@ def launch(tmp_path, processes):
     return [torch.load(tmp_path / f"{processes}-{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
+@pytest.mark.slow
 @pytest.mark.works("many processes", "distrib_ctx: DDP on 2 processes gives the student of one; also with unlabeled=")
 def test_two_processes_train_the_student_that_one_trains(tmp_path):
     ((one, _),) = launch(tmp_path, 1)
@@ -141,6 +142,7 @@ def test_two_processes_train_the_student_that_one_trains(tmp_path):
             assert all(torch.equal(a, b) for a, b in zip(params, rank["FitNet"][0], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.works("many processes", "examples/distributed.py, started by `accelerate launch`")
 def test_the_example_runs_by_accelerate_launch(tmp_path):
     flags = ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]

@@ -400,6 +400,7 @@ sys.exit(pytest.main(["-q", "-k", "LogitNorm", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_the_example_of_add_a_loss_passes_the_tests_that_go_over_all_losses():
     files = [f"tests/test_{name}.py" for name in ("losses", "losses_output", "callback")]
     env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # plugins want to come before other imports

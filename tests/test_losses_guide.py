@@ -36,6 +36,7 @@ def main():
     return runpy.run_path(str(SCRIPT))["main"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pets")
 def test_guide(main, capsys):
     main(SMALL)
@@ -58,6 +59,7 @@ def test_guide(main, capsys):
     assert [rows[name][3] for name in LOSSES] == ["No"] * 4 + ["Yes"] * 2 + ["Yes (same channels)"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pets")
 def test_few_losses_in_the_order_asked(main, capsys):
     main([*SMALL, "--losses", "Attention", "SoftTarget", "--images", "10", "--bs", "64", "--size", "32"])

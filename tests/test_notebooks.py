@@ -51,6 +51,7 @@ def outputs(nb):
     return [o for cell in nb.cells if cell.cell_type == "code" for o in cell.outputs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NBS, ids=lambda p: p.stem)
 def test_the_notebook_runs(path, tmp_path, fashion, monkeypatch):
     nb = read(path)

@@ -36,6 +36,7 @@ def learn(quantize):
     return quantize.get_learner(6, 100, 320, seed=0)
 
 
+@pytest.mark.slow
 def test_the_table_has_every_student_and_int8_takes_less_than_half_the_bytes(quantize, capsys):
     quantize.main(["--seeds=1", "--epochs=1", "--draws=160"])
     table = re.findall(r"^(\w.*?) {2,}(\d+\.\d) +([\d,]+)$", capsys.readouterr().out, re.M)

@@ -33,9 +33,18 @@ def rows(out):
     return {name: tuple(float(n) if n else None for n in numbers) for name, *numbers in found}
 
 
-def test_it_prints_a_table_of_all_students_and_saves_a_picture(quickstart, tmp_path, monkeypatch, capsys):
+LOADED = """
+import sys, numpy
+from fastai.learner import load_learner
+learn = load_learner(sys.argv[1])
+print(*learn.predict(numpy.zeros((8, 8), "uint8"))[2].shape)
+"""
+
+
+@pytest.mark.slow
+def test_it_shows_and_saves_the_results_and_exports_a_student(quickstart, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    quickstart.main(SMALL)
+    quickstart.main([*SMALL, "--table=payoff.md"])
     out, err = capsys.readouterr()
 
     assert err == ""
@@ -49,25 +58,14 @@ def test_it_prints_a_table_of_all_students_and_saves_a_picture(quickstart, tmp_p
         assert gain is None if name == "student alone" else gain == pytest.approx(mean - alone, abs=0.11)  # rounded
     assert (tmp_path / "quickstart.png").read_bytes().startswith(b"\x89PNG")
     assert re.search(r"^student alone +3,628 +21 +[\d.]+ +[\d.]+ +103× +7\d× +[\d.,]+×$", out, re.M)
-
-
-LOADED = """
-import sys, numpy
-from fastai.learner import load_learner
-learn = load_learner(sys.argv[1])
-print(*learn.predict(numpy.zeros((8, 8), "uint8"))[2].shape)
-"""
-
-
-def test_the_exported_student_predicts_in_another_process(tmp_path):
-    script = [sys.executable, "-W", "ignore", str(SCRIPT), *SMALL, "--table=payoff.md"]
-    subprocess.run(script, cwd=tmp_path, check=True, capture_output=True)
-    load = [sys.executable, "-W", "ignore", "-c", LOADED, "student.pkl"]
-    loaded = subprocess.run(load, cwd=tmp_path, capture_output=True, text=True)
-    assert loaded.stdout.split()[-1] == "10", loaded.stderr
     assert (tmp_path / "payoff.md").read_text(encoding="utf-8").count("\n| ") == 6  # header, rule, four models
 
+    load = [sys.executable, "-W", "ignore", "-c", LOADED, "student.pkl"]  # as another program would
+    loaded = subprocess.run(load, cwd=tmp_path, capture_output=True, text=True)
+    assert loaded.stdout.split()[-1] == "10", loaded.stderr
 
+
+@pytest.mark.slow
 def test_with_several_seeds_the_table_has_their_spread(quickstart, tmp_path, capsys):
     quickstart.main(
         [

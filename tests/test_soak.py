@@ -1,4 +1,4 @@
-"Slow tests: faults at every event of a fit, killed and competing writers of a cache, thousands of steps."
+"Faults at every event of a fit, killed and competing writers of a cache, thousands of steps."
 
 import contextlib
 import gc
@@ -233,6 +233,7 @@ def test_two_writers_at_once_train_the_student_of_none(tmp_path, monkeypatch):
 # --- thousands of steps ---
 
 
+@pytest.mark.works("long runs", "3,000 steps with cache, adapter and unlabeled inputs: live tensors are constant")
 def test_thousands_of_steps_with_everything_keep_no_tensor():
     torch.manual_seed(9)
     teacher, seen = Teacher(Small(6).eval(), cache=True), []

@@ -50,7 +50,7 @@ def tick(file: str, test: str) -> str:
 if __name__ == "__main__":
     collector = Collector()
     with contextlib.redirect_stdout(io.StringIO()):
-        code = pytest.main(["--collect-only", "-q", str(TESTS)], plugins=[collector])
+        code = pytest.main(["--collect-only", "-q", "-m", "", str(TESTS)], plugins=[collector])
     if code != pytest.ExitCode.OK:
         sys.exit(f"collecting the tests failed: {code}")
     print(table(collector.items), end="")
