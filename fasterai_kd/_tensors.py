@@ -65,7 +65,7 @@ def only_tensor(
     return found[0]
 
 
-PREDICTIONS = ("logits", "out")  # in dicts of transformers and torchvision
+PREDICTION_KEYS = ("logits", "out")  # in dicts of transformers and torchvision
 EMBEDDINGS = ("image_embeds", "pooler_output", "last_hidden_state")  # of encoders without a head
 
 
@@ -75,7 +75,7 @@ def predictions(
 ) -> Tensor:
     "The predictions among several outputs, by name, or the first of a tuple; of an encoder the embedding."
     if isinstance(output, Mapping):
-        output = next((output[key] for key in (*PREDICTIONS, *EMBEDDINGS) if output.get(key) is not None), output)
+        output = next((output[key] for key in (*PREDICTION_KEYS, *EMBEDDINGS) if output.get(key) is not None), output)
     elif isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         output = output[0]
     return only_tensor(output, whose)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ._class_axis import class_dim, has_independent_classes, index_labels, is_of_numbers
 from ._docs import describe_parameters
 from ._modules import OUTPUT, evaluating
-from ._tensors import PREDICTIONS, predictions, shape_of
+from ._tensors import PREDICTION_KEYS, predictions, shape_of
 from .distillation_callback import KnowledgeDistillationCallback
 from .losses import Attention, Cosine, Logits, MultiLabel, SoftTarget
 from .losses._stages import find_stages, pooled_layer
@@ -115,7 +115,7 @@ def _is_encoder(teacher: Teacher, output: Any, xb: tuple[Any, ...]) -> bool:
     if len(teacher.members) > 1:
         return False
     if isinstance(output, Mapping):
-        return not any(key in output for key in PREDICTIONS)
+        return not any(key in output for key in PREDICTION_KEYS)
     return teacher.method is not None or not find_stages(teacher.model, tuple(teacher.inputs(xb))).has_head
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "fasterai_kd"
 LIMIT = 600  # seconds; a mutant that hangs is killed
-IMPORTS = ["fastai.vision.all", "fastai.text.all", "fastai.tabular.all", "torch._dynamo", "hypothesis", "pytest"]
+IMPORTS = ["fastai.vision.all", "fastai.text.all", "fastai.tabular.all", "torch._dynamo", "timm", "hypothesis", "pytest"]
 ERROR = 99  # the tests were not those of the changed package
 
 
@@ -105,7 +105,7 @@ def main() -> None:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
     importlib.import_module("torch").set_num_threads(1)
-    sys.dont_write_bytecode, sys.pycache_prefix = False, tempfile.mkdtemp()  # the tests are compiled once
+    sys.dont_write_bytecode = False  # the tests are compiled once
     killed = 0
     unchanged = {m.file: m._replace(old="", new="") for m in mutants}
     for m in () if args.quick else unchanged.values():

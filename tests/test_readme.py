@@ -37,8 +37,8 @@ def after(diff):
 def test_the_two_commands_are_those_that_ci_runs():
     commands, ci = "\n".join(blocks("bash")), (ROOT / ".ci" / "run").read_text()
     assert "pip install . && python examples/quickstart.py\n" in commands
-    assert 'pip install -e ".[dev]" && pytest\n' in commands
-    assert 'pip install -e ".[dev]" && pytest' in ci
+    assert 'pip install -e ".[dev]" && pytest -n auto\n' in commands
+    assert 'pip install -e ".[dev]" && pytest -n auto ' in ci
 
 
 def test_every_relative_link_leads_somewhere():

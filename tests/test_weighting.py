@@ -46,6 +46,14 @@ def test_the_weight_is_of_the_geometric_mean_over_the_first_batches_and_then_sta
     assert auto.weight == pytest.approx(math.prod(ratios[:3]) ** (1 / 3), rel=1e-5)
 
 
+def test_weights_whose_gradient_is_0_are_no_place_to_balance():
+    net, x, auto = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(8, 4), AutoWeight(1.0, batches=1)
+    features, pred = (m := net[0](x)), net[1](m)
+    auto.measure(pred.square().mean(), features.square().mean() + 0 * pred.sum(), net)
+    assert auto._at[0] == "0.weight"
+    assert 0 < auto.weight < math.inf
+
+
 def test_losses_that_share_no_weights_are_refused():
     net = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
     task, kd = (layer(torch.ones(1, 2)).sum() for layer in net)

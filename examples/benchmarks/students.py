@@ -23,7 +23,7 @@ from fasterai_kd.show import COLORS
 
 FILE = "students.jsonl"
 HOWS = {"alone": "student alone", "labeled": "distilled"}
-LATENCY = "of one image on one CPU thread: the lowest of 50 medians of 50 calls, as other work ran beside"
+LATENCY = "of one image on one CPU thread: the lowest of 200 medians of 50 calls"
 PAYOFF = {"alone": "student alone", "labeled": "student distilled", "unlabeled": "… and unlabeled images"}
 TRAINING, TEST = 797, 700  # images of digits, as benchmarks/data.py splits them
 
