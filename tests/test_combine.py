@@ -233,6 +233,25 @@ def test_a_part_that_does_not_fit_shows_in_the_first_batch_also_if_its_weight_st
         fit(make_learner, teacher, loss)
 
 
+def test_a_part_that_rests_is_computed_in_the_first_batch_alone(make_learner, teacher):
+    calls = []
+
+    def resting(pred, teacher_pred, **kwargs):
+        calls.append(1)
+        return SoftTarget(pred, teacher_pred)
+
+    fit(make_learner, teacher, combine((SoftTarget, 1.0), (resting, 1.0, None, lambda pct: 0.0)))
+    assert len(calls) == 1
+
+
+def test_an_error_of_torch_that_has_a_type_of_its_own_keeps_it(make_learner, teacher):
+    def full(**kwargs):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError, match="\tout of memory$"):
+        fit(make_learner, teacher, full)
+
+
 @pytest.mark.parametrize(
     "parts",
     [

@@ -142,6 +142,16 @@ def test_a_loss_on_labels_sees_the_labeled_part_alone(make_learner, teacher):
     assert set(seen) == {(4, 4, 4)}
 
 
+def test_a_loss_on_labels_has_no_value_for_unlabeled_images_of_another_size(make_learner, teacher):
+    small, losses = DataLoader([(x[:, ::2, ::2],) for x in EXTRA], bs=4, device=torch.device("cpu")), []
+    model = Net()
+    for unlabeled in (None, small):
+        kd = KnowledgeDistillationCallback(teacher, DecoupledKD, unlabeled=unlabeled)
+        make_learner(copy.deepcopy(model), opt_func=SGD).fit(1, 0.0, cbs=[kd, Still()])
+        losses.append(kd.history["kd_loss"])
+    assert losses[1] == pytest.approx(losses[0])
+
+
 def test_a_loss_on_labels_sees_the_labeled_part_of_several_outputs(make_learner):
     seen = []
 
