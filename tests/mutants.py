@@ -22,7 +22,15 @@ from typing import Any, NamedTuple
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "fasterai_kd"
 LIMIT = 600  # seconds; a mutant that hangs is killed
-IMPORTS = ["fastai.vision.all", "fastai.text.all", "fastai.tabular.all", "torch._dynamo", "timm", "hypothesis", "pytest"]
+IMPORTS = [
+    "fastai.vision.all",
+    "fastai.text.all",
+    "fastai.tabular.all",
+    "torch._dynamo",
+    "timm",
+    "hypothesis",
+    "pytest",
+]
 ERROR = 99  # the tests were not those of the changed package
 
 

@@ -248,7 +248,7 @@ def test_an_error_of_torch_that_has_a_type_of_its_own_keeps_it(make_learner, tea
     def full(**kwargs):
         raise torch.OutOfMemoryError("out of memory")
 
-    with pytest.raises(torch.OutOfMemoryError, match="\tout of memory$"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"\tout of memory$"):
         fit(make_learner, teacher, full)
 
 

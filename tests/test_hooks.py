@@ -1,5 +1,6 @@
 "FeatureHooks gives the features of the named layers as the layers returned them, and leaves nothing behind."
 
+import copy
 import gc
 import weakref
 from types import SimpleNamespace
@@ -279,3 +280,26 @@ def test_an_exception_in_the_forward_takes_the_hooks_off():
     handle.remove()
     student.stop()
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_features_of_a_forward_pass_that_is_interrupted_are_dropped(error):
+    def stop(*_):
+        raise error
+
+    model, kept = Net(), FeatureHooks(["conv1"], "teacher")
+    model.head.register_forward_hook(stop)
+    with pytest.raises(error), kept.on(model):
+        model(torch.randn(2, 3, 16, 16))
+    assert not kept._features
+    assert not kept._outputs
+
+
+def test_a_copy_of_a_model_that_is_hooked_keeps_nothing():
+    model, kept = Net(), FeatureHooks(["conv1"], "student")
+    with kept.on(model):
+        copied = copy.deepcopy(model)
+    x = torch.randn(2, 3, 16, 16)
+    copied(x)
+    (hook,) = copied.conv1._forward_hooks.values()
+    assert not hook.func.__self__._features

@@ -7,9 +7,10 @@ from functools import partial
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import Net
 from fastai.callback.schedule import sched_lin
 
-from fasterai_kd import Schedule, schedule
+from fasterai_kd import KnowledgeDistillationCallback, Schedule, SoftTarget, schedule
 from fasterai_kd.schedule import available_schedules, sched_agp, sched_dsd, sched_iterative, sched_onecycle
 
 E = math.exp
@@ -143,3 +144,8 @@ def test_plot_draws_on_given_axes_so_that_schedules_can_be_compared():
     assert all(getattr(schedule, name).plot(ax=ax) is ax for name in POINTS)
     assert len(ax.lines) == len(POINTS)
     assert len(plt.get_fignums()) == 1
+
+
+def test_a_schedule_is_checked_up_to_the_end_of_the_training():
+    with pytest.raises(ValueError, match=r"weight must be between 0 and 1, got 1\.004 at 100% of the training"):
+        KnowledgeDistillationCallback(Net(), SoftTarget, weight=1.0, schedule=Schedule(sched_lin, 0, 1, 0.5, 1.004))
