@@ -159,10 +159,6 @@ class KnowledgeDistillationCallback(Callback):
         self._distiller.check_finite(self.learn)
         self._distiller.stop()
 
-    def after_train(self) -> None:
-        "Move the losses of the epoch off the device."
-        self._history.collect()
-
     def after_fit(self) -> None:
         "Drop a batch that CancelFitException ended."
         self._leave()

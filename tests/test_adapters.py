@@ -671,3 +671,42 @@ def test_two_processes_train_the_adapters_that_one_trains(tmp_path):
             assert torch.equal(a, b), name
             if name != "auto":  # whose batch statistics are those of half a batch
                 torch.testing.assert_close(a, c)
+
+
+def test_the_adapter_of_a_student_in_float64_is_so_too(make_learner, wide):
+    to_double = Call(-1, before_batch=lambda learn: setattr(learn, "xb", (learn.x.double(),)))
+    kd = auto(wide.double())
+    make_learner(Net().double()).fit(1, 0.01, cbs=[kd, to_double])
+    assert {p.dtype for p in kd.adapters.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("event", ["after_backward", "before_step"])
+def test_after_ctrl_c_the_adapters_have_no_gradient(make_learner, wide, event):
+    def stop(learn):
+        if learn.train_iter == 2:
+            raise KeyboardInterrupt
+
+    kd = auto(wide)
+    with pytest.raises(KeyboardInterrupt):
+        make_learner().fit(1, 0.01, cbs=[kd, Call(**{event: stop})])
+    assert len(kd.adapters) == 1
+    assert not any(p.grad is not None and p.grad.any() for p in kd.adapters.parameters())
+
+
+def test_a_loss_whose_parameters_the_learner_trains_already_is_not_trained_twice(make_learner, teacher):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(()))
+
+        def forward(self, pred, teacher_pred, **kwargs):
+            return self.w * SoftTarget(pred, teacher_pred)
+
+    model = Net()
+    model.scaled = Scaled()
+    kd = KnowledgeDistillationCallback(teacher, model.scaled)
+    make_learner(model, opt_func=SGD, wd=0.0).fit(1, 0.1, cbs=kd)
+    w = 1.0
+    for loss in kd.history["kd_loss"]:  # w times what it scales
+        w -= 0.1 * 0.5 * loss / w
+    assert model.scaled.w.item() == pytest.approx(w, rel=1e-4)

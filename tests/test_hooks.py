@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import Net, hooks
+from fastai.callback.core import Callback
 from torch import nn
 
-from fasterai_kd import get_model_layers
+from fasterai_kd import Attention, KnowledgeDistillationCallback, get_model_layers
 from fasterai_kd.features.hooks import FeatureHooks
 from fasterai_kd.features.student import StudentForward
 
@@ -303,3 +304,17 @@ def test_a_copy_of_a_model_that_is_hooked_keeps_nothing():
     copied(x)
     (hook,) = copied.conv1._forward_hooks.values()
     assert not hook.func.__self__._features
+
+
+def test_a_forward_with_more_inputs_than_the_learners_is_not_the_learners(make_learner, teacher):
+    class Scaled(Net):
+        def forward(self, x, scale=1.0):
+            return scale * super().forward(x)
+
+    look = Callback(before_batch=lambda self: self.model(self.x, 2.0))
+    look.order = 1
+    kd = KnowledgeDistillationCallback(teacher, Attention, "layer1", "layer1")
+    learn = make_learner(Scaled())
+    learn.fit(1, 0.01, cbs=[kd, look])
+    assert all(k > 0 for k in kd.history["kd_loss"])
+    assert hooks(learn.model) == 0

@@ -480,3 +480,21 @@ def test_inputs_keep_their_type_beside_unlabeled_ones(make_learner, teacher):
     images = DataLoader([(TensorImage(x),) for x in EXTRA], bs=4, device=torch.device("cpu"))
     learn.fit(1, cbs=[KnowledgeDistillationCallback(teacher, SoftTarget, unlabeled=images)])
     assert set(seen) == {type(next(iter(learn.dls.train))[0])}
+
+
+def test_without_labels_there_is_nothing_to_balance(tmp_path, teacher):
+    learn = Learner(without_labels(tmp_path), Net(), loss_func=CrossEntropyLossFlat())
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, weight="auto")
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.01, cbs=kd)
+    assert set(kd.history["weight"]) == {0.5}
+
+
+def test_ctrl_c_leaves_no_unlabeled_input(make_learner, teacher):
+    def stop(self):
+        raise KeyboardInterrupt
+
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, unlabeled=extra())
+    with pytest.raises(KeyboardInterrupt):
+        make_learner().fit(1, 0.01, cbs=[kd, Callback(after_pred=stop)])
+    assert kd._distiller._student._joined is kd._distiller._student._output is None
