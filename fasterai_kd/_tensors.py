@@ -134,6 +134,8 @@ def map_tensors(f: Callable[[Tensor], Tensor], x: Any) -> Any:
 
 def join(a: Any, b: Any) -> Any:
     "Inputs or outputs of two batches as those of one; None where their shapes or forms differ."
+    if a is b:  # an output without samples, such as a sum
+        return a
     if isinstance(a, Tensor):
         if not isinstance(b, Tensor) or a.shape[1:] != b.shape[1:] or not a.ndim or a.dtype != b.dtype:
             return None

@@ -14,7 +14,7 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 
 from fasterai_kd import *
-from fasterai_kd._class_axis import class_dim
+from fasterai_kd._class_axis import as_rows, class_dim, index_labels
 from fasterai_kd.losses.evaluate import LossEvaluator
 from fasterai_kd.teacher.output import TeacherOutput
 
@@ -290,3 +290,8 @@ def test_labels_are_mixed_with_classes_last_as_with_classes_first(loss):
     if loss is DecoupledKD:
         two = [DecoupledKD(s.movedim(2, 1), t.movedim(2, 1), target=z, reduction="none") for z in (y, mix.yb1[0])]
         torch.testing.assert_close(values[0], (mix.lam * two[0] + (1 - mix.lam) * two[1]).mean())
+
+
+def test_every_position_is_a_row_and_a_label_of_one_logit_stays_as_it_is():
+    assert as_rows(torch.zeros(2, 3, 4, 5)).shape == (24, 5)
+    assert index_labels(torch.zeros(4, 1, dtype=torch.long), torch.zeros(4, 1)).shape == (4, 1)

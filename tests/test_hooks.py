@@ -12,6 +12,7 @@ from fastai.callback.core import Callback
 from torch import nn
 
 from fasterai_kd import Attention, KnowledgeDistillationCallback, get_model_layers
+from fasterai_kd._modules import keeps_state
 from fasterai_kd.features.hooks import FeatureHooks
 from fasterai_kd.features.student import StudentForward
 
@@ -318,3 +319,12 @@ def test_a_forward_with_more_inputs_than_the_learners_is_not_the_learners(make_l
     learn.fit(1, 0.01, cbs=[kd, look])
     assert all(k > 0 for k in kd.history["kd_loss"])
     assert hooks(learn.model) == 0
+
+
+def test_a_model_keeps_state_if_a_part_of_it_does():
+    class Recurrent(nn.Module):
+        def reset(self):
+            pass
+
+    assert keeps_state(nn.Sequential(nn.ReLU(), Recurrent()))
+    assert not keeps_state(nn.DataParallel(nn.ReLU()))

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from fasterai_kd import *
 from fasterai_kd._layer_similarity import attention_maps, layer_features
+from fasterai_kd.features import layout
 from fasterai_kd.features.layout import Aligner, Layouts, is_channels_last, token_grid
 
 works = pytest.mark.works
@@ -387,3 +388,22 @@ def test_attention_of_tokens_is_that_of_the_map_that_they_are():
     (maps,) = attention_maps(vit, ["blocks.1"], x, "teacher")
     (tokens,) = layer_features(vit, ["blocks.1"], x, "teacher")
     assert_close(maps, tokens[:, 1:].square().mean(2).view(2, 2, 2))
+
+
+def test_a_layer_is_read_anew_for_images_of_another_size_and_only_then(monkeypatch):
+    calls = []
+    monkeypatch.setattr(layout, "token_grid", lambda *args: calls.append(args) or token_grid(*args))
+    layouts, tokens = Layouts(nn.Sequential(nn.Linear(6, 6)), "student"), torch.zeros(2, 16, 6)
+    grids = [layouts.of("0", tokens, size).grid for size in ((32, 32), (64, 16), (32, 32), (64, 16))]
+    assert grids == [(4, 4), (8, 2)] * 2
+    assert len(calls) == 2
+
+
+def test_more_than_five_tokens_before_the_grid_are_not_believed():
+    assert token_grid(64 + 5, (32, 32), nn.Module()) == ((8, 8), 5)
+    assert token_grid(64 + 7, (32, 32), nn.Module()) is None
+
+
+def test_a_layer_with_batch_norm_has_its_channels_first():
+    layer = nn.Sequential(nn.BatchNorm2d(8), nn.LayerNorm(8))
+    assert is_channels_last(torch.zeros(2, 8, 8, 8), (32, 32), layer) is False

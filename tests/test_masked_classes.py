@@ -150,3 +150,10 @@ def test_a_teacher_that_masks_all_classes_of_a_sample_is_reported(make_learner, 
     teacher.register_forward_hook(lambda model, xb, pred: pred.index_fill(0, torch.tensor([0]), -math.inf))
     with pytest.raises(FloatingPointError, match=r"the teacher gives nan or inf \(predictions\)"):
         make_learner().fit(1, 0.1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+
+
+def test_nan_of_the_teacher_is_reported_beside_a_student_that_masks(make_learner, teacher, student):
+    teacher.register_forward_hook(lambda model, xb, pred: pred * math.nan)
+    learn = make_learner(Masked(student), loss_func=lambda pred, y: pred[:, :3].square().mean(), metrics=[])
+    with pytest.raises(FloatingPointError, match="the teacher gives nan or inf"):
+        learn.fit(1, 0.1, cbs=KnowledgeDistillationCallback(Masked(teacher), SoftTarget))

@@ -13,6 +13,7 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 
 from fasterai_kd import *
+from fasterai_kd._tensors import predictions
 
 works = pytest.mark.works
 
@@ -246,3 +247,8 @@ def test_several_outputs_of_a_student_in_training_and_one_in_validation_are_take
     learn = fit(make_learner, made(Distilled), kd)
     assert len(kd.history["kd_loss"]) == 4
     assert learn.recorder.values[-1][1] > 0
+
+
+def test_logits_come_before_other_outputs_of_a_dict():
+    logits, other = torch.zeros(2, 3), torch.ones(2, 3)
+    assert predictions({"out": other, "logits": logits}) is logits

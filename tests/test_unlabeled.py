@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CLASSES, IMAGES, PAIRS, Net, Several, hooks, image, label, same, state, table_and_dls
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelBatchException
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.training import GradientAccumulation
@@ -23,6 +23,7 @@ from fastai.torch_core import TensorImage, set_seed
 from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.core import PILImage
 from fastai.vision.data import CategoryBlock, ImageBlock
+from fasttransform import Transform
 from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
 
@@ -290,6 +291,22 @@ def test_a_list_of_files_is_loaded_with_the_training_transforms(folder, workers)
     assert learn.dls.train.dataset.split_idx == 0
 
 
+def test_a_list_goes_through_the_training_transforms_of_a_dataset(teacher, tmp_path):
+    class Brighter(Transform):
+        split_idx = 0  # in training
+
+        def encodes(self, x: torch.Tensor):
+            return x + 100
+
+    dsets = Datasets(list(range(24)), [[image, Brighter()], [label]], splits=[range(16), range(16, 24)])
+    dls = dsets.dataloaders(bs=4, num_workers=0, device=torch.device("cpu"), path=tmp_path)
+    asked, learn = watched(teacher), Learner(dls, Net(), loss_func=CrossEntropyLossFlat())
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 0.01, cbs=KnowledgeDistillationCallback(teacher, SoftTarget, unlabeled=list(range(8, 16))))
+    assert all(x.mean() > 50 for batch in asked[:4] for x in batch)
+    assert all(x.mean() < 50 for batch in asked[4:] for x in batch)
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -498,3 +515,39 @@ def test_ctrl_c_leaves_no_unlabeled_input(make_learner, teacher):
     with pytest.raises(KeyboardInterrupt):
         make_learner().fit(1, 0.01, cbs=[kd, Callback(after_pred=stop)])
     assert kd._distiller._student._joined is kd._distiller._student._output is None
+
+
+def test_nothing_of_a_cancelled_batch_is_kept_until_the_next(make_learner, teacher):
+    def cancel(self):
+        raise CancelBatchException
+
+    def look(self):
+        kept.append((kd._distiller._more, kd._distiller._student._joined))
+
+    kd, kept = KnowledgeDistillationCallback(teacher, SoftTarget, unlabeled=extra()), []
+    last = Callback(after_batch=look)
+    last.order = 1
+    make_learner().fit(1, 0.01, cbs=[kd, Callback(after_pred=cancel), last])
+    assert set(kept) == {((), None)}
+
+
+def test_after_a_fit_no_loader_of_unlabeled_images_is_at_work(make_learner, teacher):
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, unlabeled=extra())  # 2½ batches
+    make_learner().fit(1, 0.01, cbs=kd)
+    assert next(kd._distiller._unlabeled._batches, None) is None
+
+
+def test_an_output_that_has_no_samples_is_not_split(make_learner, teacher):
+    class Weighted(Net):
+        def forward(self, x):
+            return super().forward(x), torch.ones(3), torch.ones(())
+
+    seen = []
+
+    def loss_func(out, y):
+        seen.append([x.shape for x in out])
+        return F.cross_entropy(out[0], y)
+
+    learn = make_learner(Weighted(), loss_func=loss_func, metrics=[])
+    learn.fit(1, 0.01, cbs=KnowledgeDistillationCallback(teacher, SoftTarget, unlabeled=extra()))
+    assert all(shapes == [(4, CLASSES), (3,), ()] for shapes in seen)

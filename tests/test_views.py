@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Net, image, label, same, state
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelTrainException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.core import Datasets
 from fastai.learner import Learner
@@ -60,6 +60,7 @@ class Seen(Callback):
     def after_pred(self):
         if self.training:
             self.drawn.append(torch.rand(()).item())
+            random.random(), np.random.rand()
 
 
 def fit(dls, *cbs, model=None, epochs=5):
@@ -143,3 +144,17 @@ def test_after_a_cancelled_batch_or_epoch_the_views_go_on():
 def test_no_view_is_refused():
     with pytest.raises(ValueError, match="RepeatedViews needs one view or more, got 0"):
         RepeatedViews(0)
+
+
+def test_the_model_has_its_random_numbers_back_where_a_batch_ends_the_training():
+    states = []
+
+    def stop(self):
+        if self.training:
+            states.append(torch.get_rng_state())
+            raise CancelTrainException
+
+    last = Callback(after_train=lambda self: states.append(torch.get_rng_state()))
+    last.order = 96
+    fit(loaders(), RepeatedViews(1), Callback(after_pred=stop), last, epochs=1)
+    assert torch.equal(*states)

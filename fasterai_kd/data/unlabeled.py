@@ -89,7 +89,7 @@ def _loader_of_items(items: Sequence[Any], dls: Any) -> Any:
     world = num_distrib() or 1
     dataset = test_set(train.dataset, items[rank_distrib() :: world] if world > 1 else items)
     for tl in dataset.tls:  # random transforms as in training
-        tl.split_idx = 0
+        tl.tfms.split_idx = 0
     return train.new(dataset, shuffle=True, drop_last=len(dataset) >= train.bs)
 
 
