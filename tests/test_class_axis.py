@@ -295,3 +295,8 @@ def test_labels_are_mixed_with_classes_last_as_with_classes_first(loss):
 def test_every_position_is_a_row_and_a_label_of_one_logit_stays_as_it_is():
     assert as_rows(torch.zeros(2, 3, 4, 5)).shape == (24, 5)
     assert index_labels(torch.zeros(4, 1, dtype=torch.long), torch.zeros(4, 1)).shape == (4, 1)
+
+
+def test_an_ensemble_of_taggers_takes_texts_of_one_word():
+    taggers = [Tagger(4).eval(), Tagger(6).eval()]
+    assert Teacher(taggers).forward((torch.randint(11, (4, 1)),), class_dim=2).pred.shape == (4, 1, CLASSES)

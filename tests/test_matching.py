@@ -26,6 +26,7 @@ from fasterai_kd import (
     get_module_by_name,
     match_feature_layers,
 )
+from fasterai_kd.losses._stages import _where
 
 # As the guide of fasterai prints them
 TABLE = """\
@@ -533,3 +534,17 @@ def test_a_sample_may_be_a_dict():
 def test_a_whole_batch_with_labels_is_refused_with_a_hint():
     with pytest.raises(TypeError, match=r"ResNet: .*sample_input is what the model is called with, without labels"):
         match_feature_layers(model("resnet18"), model("resnet34"), (torch.randn(1, 3, 64, 64), torch.tensor([0])))
+
+
+@pytest.mark.parametrize(
+    ("output", "is_feature"),
+    [
+        (torch.randn(2, 4, 16, 16), True),
+        (torch.randn(8, 4, 16, 16), False),  # windows of both samples
+        (torch.randn(2, 4, 16, 16).softmax(-1), False),
+        (torch.randn(1, 4, 16, 16).expand(2, -1, -1, -1), False),
+    ],
+    ids=["a map", "windows", "attention weights", "a table"],
+)
+def test_only_what_differs_by_sample_and_has_one_entry_for_each_is_a_feature(output, is_feature):
+    assert (_where(nn.Conv2d(4, 4, 1), output, (16, 16), nn.Identity()) is not None) == is_feature

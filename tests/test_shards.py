@@ -172,3 +172,24 @@ def test_a_file_that_is_found_does_not_take_the_place_of_what_is_known(tmp_path,
     store.add(first)
     store.add(second, replace=replace)
     assert {shard for shard, _ in store.index.values()} == {second if replace else first}
+
+
+def test_a_write_that_fails_leaves_no_file(tmp_path, monkeypatch):
+    def fail(f, *args, **kwargs):
+        f.write(b"half of it")
+        names.extend(p.suffix for p in tmp_path.iterdir())
+        raise OSError("the disk is full")
+
+    names = []
+    monkeypatch.setattr(np.lib.format, "write_array", fail)
+    with pytest.raises(OSError, match="full"):
+        write_shard(tmp_path, "q", records(), False)
+    assert names == [".tmp"]  # under which nobody reads it
+    assert not list(tmp_path.iterdir())
+
+
+def test_dropped_shards_leave_the_others_pending():
+    gone, kept = (MemoryShard(records(), True) for _ in range(2))
+    store = Store("q", pending=[gone, kept])
+    store.drop({gone})
+    assert store.pending == [kept]

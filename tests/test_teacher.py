@@ -405,3 +405,12 @@ def test_classes_are_picked_where_they_are(dim):
     pred = torch.randn(2, 5, 4)
     picked = TeacherOutput(pred, {}, columns=[3, 0], class_dim=dim).pred
     assert torch.equal(picked, pred[:, [3, 0]] if dim == 1 else pred[..., [3, 0]])
+
+
+def test_an_ensemble_in_an_ensemble_has_all_members_and_ends_the_fit_of_each(monkeypatch):
+    ended = []
+    monkeypatch.setattr(Teacher, "end_fit", lambda self: ended.append(self))
+    ensemble = Teacher([[Net(), Net()], Net()])
+    assert [type(member) for member in ensemble.members] == [Teacher] * 3
+    ensemble.end_fit()
+    assert {id(member) for member in ensemble.members} < {id(t) for t in ended}
