@@ -872,3 +872,19 @@ def test_a_sample_alone_and_among_others_are_two_rows(teacher):
     for x in (IMAGES[:4], IMAGES[:1], IMAGES[:4], IMAGES[:1]):
         assert torch.equal(mine.forward((x,)).pred, teacher(x))
     assert len(mine.cache) == 5
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_half_precision_may_round_other_batches_by_half_a_percent(dtype):
+    class Rough(Net):
+        n = 0
+
+        def forward(self, x):
+            self.n += 1
+            return super().forward(x) * (1 + 0.005 * (self.n % 2))
+
+    teacher = Teacher(Rough().eval(), cache=True, dtype=dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        distil(teacher, epochs=3)
+    assert any("draw random numbers" in str(w.message) for w in caught) == (dtype is None)

@@ -327,3 +327,15 @@ def test_a_recurrent_peer_forgets_its_state_where_the_student_does(make_learner,
     mutual = MutualLearning(peer)
     make_learner(metrics=mutual.metrics).fit(1, 0.1, cbs=mutual)
     assert events == ["reset", *4 * ["batch"], "reset", *2 * ["batch"]]
+
+
+def test_what_is_kept_of_a_batch_has_no_graph_and_weight_decay_is_the_peers(make_learner, make_peer):
+    peer, graphs = make_peer(), []
+    peer.wd = 0.3
+    mutual = MutualLearning(peer)
+    look = Callback(after_batch=lambda self: graphs.extend(x.requires_grad for pair in mutual._outputs for x in pair))
+    look.order = 90
+    make_learner(wd=0.1).fit(1, 0.01, cbs=[mutual, look])
+    assert graphs
+    assert not any(graphs)
+    assert peer.opt.hypers[-1]["wd"] == 0.3
