@@ -291,15 +291,18 @@ def test_a_list_of_files_is_loaded_with_the_training_transforms(folder, workers)
     assert learn.dls.train.dataset.split_idx == 0
 
 
-def test_a_list_goes_through_the_training_transforms_of_a_dataset(teacher, tmp_path):
+@pytest.mark.parametrize("where", ["dataset", "after_item", "after_batch"])
+def test_a_list_goes_through_all_random_transforms_of_training_wherever_they_are(teacher, tmp_path, where):
     class Brighter(Transform):
         split_idx = 0  # in training
 
         def encodes(self, x: torch.Tensor):
-            return x + 100
+            return x + 100 if x.ndim > 1 else x
 
-    dsets = Datasets(list(range(24)), [[image, Brighter()], [label]], splits=[range(16), range(16, 24)])
-    dls = dsets.dataloaders(bs=4, num_workers=0, device=torch.device("cpu"), path=tmp_path)
+    tfms = [image, Brighter()] if where == "dataset" else [image]
+    dsets = Datasets(list(range(24)), [tfms, [label]], splits=[range(16), range(16, 24)])
+    options = {} if where == "dataset" else {where: [Brighter()]}
+    dls = dsets.dataloaders(bs=4, num_workers=0, device=torch.device("cpu"), path=tmp_path, **options)
     asked, learn = watched(teacher), Learner(dls, Net(), loss_func=CrossEntropyLossFlat())
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 0.01, cbs=KnowledgeDistillationCallback(teacher, SoftTarget, unlabeled=list(range(8, 16))))
