@@ -1,6 +1,6 @@
 """Distil a teacher into a student 100 times smaller, on scikit-learn's handwritten digits: nothing to download.
 
-    python quickstart.py                        # two minutes on one core
+    python quickstart.py                        # two to three minutes on one core
     python quickstart.py --seeds 1 --epochs 1   # a first look, not a result
     python quickstart.py --picture quickstart.png --table quickstart.md   # the pay-off as files
 

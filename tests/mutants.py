@@ -3,7 +3,7 @@
 python tests/mutants.py [--only losses/output.py weighting.py]
 
 Each change is made in a temporary copy of the package. A fork of this process runs the tests beside the file's name,
-until one fails; so torch and fastai are imported once. It is a tool for by hand: all of it takes an hour or more.
+until one fails; so torch and fastai are imported once. It is a tool for by hand: all of it takes some hours.
 """
 
 import argparse
