@@ -4,11 +4,12 @@
     python benchmark_students.py --out results --report             # tables and picture again, no training
 
 Students of several widths, with their parameters, file size and latency, and one student trained for less and for more
-epochs: all learn from the same 1,000 labeled images of Fashion-MNIST with one learning rate. The pay-off: on digits, a
-student of 100 labels beside its teacher, as in quickstart.py, but with a test split.
+epochs: all learn from the same 1,000 labeled images of Fashion-MNIST. Each width has the learning rate that suits it
+best without a teacher, on the tune split and with other seeds. The pay-off: on digits, a student of 100 labels beside
+its teacher, as in quickstart.py, but with a test split; there nothing is chosen.
 
-Each run is a line of OUT/students.jsonl with its settings. A run that is there is not repeated. No setting is chosen
-by its accuracy. OUT/students.md and .png are made from these lines.
+Each run is a line of OUT/students.jsonl with its settings. A run that is there is not repeated. OUT/students.md and
+.png are made from these lines.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import warnings
 
 warnings.filterwarnings("ignore", message="`torch.jit.script`")  # raised by fastai's import under a new torch
 
-from benchmark_losses import read_rows  # noqa: E402
+from benchmark_losses import TUNE_SEEDS, read_rows  # noqa: E402
 from benchmark_unlabeled import Measure  # noqa: E402
 from benchmarks.report import unique  # noqa: E402
 from benchmarks.students import FILE, HOWS, PAYOFF, draw, page  # noqa: E402
@@ -36,6 +37,14 @@ class Students(Measure):
         settings = {**self.base, "stage": "size", "student": width, "seed": 0}
         zero = {"test": 0, "cpu_seconds": 0}
         return self.add(settings, "size", "size", lambda: size(self.task.model(width), self.task.sample) | zero)
+
+    def tuned(self, width, recipe, lrs):
+        "The recipe with the learning rate that is best for the student alone, on the tune split."
+        accs = {}
+        for lr in lrs:
+            rows = [self.student_run("tune", width, recipe._replace(lr=lr), seed, "alone") for seed in TUNE_SEEDS]
+            accs[lr] = np.mean([row["tune"] for row in rows])
+        return recipe._replace(lr=max(accs, key=accs.get))
 
 
 def size(model, sample):
@@ -59,12 +68,15 @@ def all_runs(args):
     measure = Students(args, "fashion-mnist")
     for width in unique([args.teacher, *args.students]):
         measure.size_run(width)
+    recipe = measure.recipe._replace(images=LABELS, draws=args.draws, epochs=args.sizes_epochs)
+    widths = unique([*args.students, args.epochs_student])
+    recipes = {width: measure.tuned(width, recipe, args.lrs) for width in widths}
+    runs = [(width, recipes[width]) for width in args.students]
+    runs += [(args.epochs_student, recipes[args.epochs_student]._replace(epochs=epochs)) for epochs in args.epochs]
     for seed in range(args.seeds):
         for how in HOWS:
-            students = [(student, args.sizes_epochs) for student in args.students]
-            for student, epochs in [*students, *((args.epochs_student, epochs) for epochs in args.epochs)]:
-                recipe = measure.recipe._replace(images=LABELS, draws=args.draws, epochs=epochs)
-                measure.student_run("students", student, recipe, seed, how)
+            for width, recipe in runs:
+                measure.student_run("students", width, recipe, seed, how)
 
 
 def payoff_runs(args):
@@ -84,13 +96,18 @@ def write_report(file):
     print(file.with_suffix(".md"), file.with_suffix(".png"), sep=", ")
 
 
+def listed(kind, text):
+    return [kind(part) for part in text.split(",")]
+
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add, integers = parser.add_argument, lambda text: [int(n) for n in text.split(",")]
-    add("--students", type=lambda text: text.split(","), default=["4", "8", "16", "32"], help="channels, with commas")
+    add, integers, numbers = parser.add_argument, partial(listed, int), partial(listed, float)
+    add("--students", type=partial(listed, str), default=["4", "8", "16", "32"], help="channels, with commas")
     add("--sizes-epochs", type=int, default=8, help="epochs of these students")
     add("--epochs-student", default="8", help="channels of the student that is trained for")
     add("--epochs", type=integers, default=[2, 4, 8, 16], help="so many epochs, with commas")
+    add("--lrs", type=numbers, default=[0.02, 0.08, 0.32], help="learning rates to choose from, with commas")
     add("--draws", type=int, default=5000, help="labeled images in an epoch, each several times")
     add("--teacher", default="32", help="channels of its first layer")
     add("--teacher-draws", type=int, help="images in an epoch of the teacher; None: as in benchmarks/data.py")

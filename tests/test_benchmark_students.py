@@ -12,7 +12,7 @@ from conftest import example
 
 RESULTS = Path(__file__).parents[1] / "nbs" / "results"
 TINY = ["--students=2,3", "--sizes-epochs=1", "--epochs-student=2", "--epochs=1,2", "--draws=1000", "--seeds=2"]
-TINY += ["--teacher=3", "--teacher-draws=64", "--payoff-teacher=3", "--payoff-student=2"]
+TINY += ["--lrs=0.01,0.02", "--teacher=3", "--teacher-draws=64", "--payoff-teacher=3", "--payoff-student=2"]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,8 @@ def test_tables_and_picture_are_made_and_no_run_is_repeated(script, fashion_mnis
     script["main"]([*TINY, f"--folder={fashion_mnist}", f"--out={out}"])
     first, page = rows(), (out / "students.md").read_text()
     stages = [row["settings"]["stage"] for row in first]
-    assert {stage: stages.count(stage) for stage in stages} == {"teacher": 2, "size": 4, "payoff": 6, "students": 12}
+    counts = {"teacher": 2, "size": 4, "payoff": 6, "tune": 8, "students": 12}
+    assert {stage: stages.count(stage) for stage in stages} == counts
     assert (out / "students.png").read_bytes().startswith(b"\x89PNG")
     mean = np.mean([r["test"] for r in first if (r["settings"].get("student"), r["group"]) == ("3", "labeled")])
     assert re.search(rf"\| 3 \| .* \| {mean:.1f} ± [\d.]+ \| [+-]", page)
@@ -74,3 +75,15 @@ def test_the_committed_command_names_its_own_settings(script):
     assert {s["seed"] for s in runs} == set(range(args.seeds))
     widths = {(s["student"], s["recipe"][2]) for s in runs}
     assert widths == {(w, args.sizes_epochs) for w in args.students} | {(args.epochs_student, e) for e in args.epochs}
+
+
+def test_each_width_has_the_learning_rate_that_is_best_for_the_student_alone(script):
+    accs, used = {}, {}
+    for row in script["read_rows"](RESULTS / "students.jsonl"):
+        s = row["settings"]
+        if s["stage"] == "tune":
+            assert (s["how"], s["seed"] in script["TUNE_SEEDS"]) == ("alone", True)
+            accs.setdefault(s["student"], {}).setdefault(s["recipe"][4], []).append(row["tune"])
+        elif s["stage"] == "students":
+            used.setdefault(s["student"], set()).add(s["recipe"][4])
+    assert used == {w: {max(of, key=lambda lr, of=of: np.mean(of[lr]))} for w, of in accs.items()}

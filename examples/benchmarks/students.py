@@ -32,14 +32,17 @@ def page(rows):
     some_sizes, some_epochs = split(rows)
     by_width, by_epochs = by(some_sizes, width_of), by(some_epochs, epochs_of)
     s = some_sizes[0]["settings"]
-    images, draws, _, bs, lr, *_ = s["recipe"]
+    images, draws, epochs, bs, *_ = s["recipe"]
+    lrs = unique(row["settings"]["recipe"][4] for row in of(rows, "tune"))
     options = {"students": ",".join(map(str, by_width)), "sizes-epochs": epochs_of(some_sizes[0])}
-    options |= {"epochs-student": width_of(some_epochs[0]), "epochs": ",".join(map(str, by_epochs)), "draws": draws}
+    options |= {"epochs-student": width_of(some_epochs[0]), "epochs": ",".join(map(str, by_epochs))}
+    options |= {"lrs": ",".join(f"{lr:g}" for lr in lrs), "draws": draws}
     options |= {} if s["teacher"] == "32" else {"teacher": s["teacher"]}
     about = f"""Fashion-MNIST, 28x28. {about_teacher(rows, "fashion-mnist")} All students learn from {images:,} labeled
     images; each seed has its own. An epoch draws each of them {draws // images} times. Batches of {bs},
-    `fit_one_cycle` with learning rate {lr:g}, images shifted by up to one pixel and mirrored. The loss is `SoftTarget`
-    with `weight={s["weight"]}`. No setting was chosen by its accuracy."""
+    `fit_one_cycle`, images shifted by up to one pixel and mirrored. The loss is `SoftTarget` with
+    `weight={s["weight"]}`. The learning rate is the one that suits the student alone best; the distilled student has
+    the same. Nothing else was chosen by its accuracy, and nothing on the test images."""
     return f"""{page_head("Size and epochs", rows, some_sizes, options, FILE, "benchmark_students.py")}
 {flow(about)}
 
@@ -66,6 +69,13 @@ A student of {width_of(some_epochs[0])} channels; each row is a training of its 
 
 {epochs_findings(by_epochs)}
 <!-- /epochs -->
+
+## Learning rates
+
+Accuracy of the student alone after {epochs} epochs, on images that are neither in training nor in test, with
+{len(unique(row["settings"]["seed"] for row in of(rows, "tune")))} other seeds. The best of each row was taken.
+
+{rates_table(of(rows, "tune"), lrs)}
 
 ## The pay-off
 
@@ -127,6 +137,16 @@ def sizes_table(rows, accs):
 def epochs_table(accs):
     lines = [["epochs", *HOWS.values(), "gain"], ["---"] * 4]
     return markdown([*lines, *([str(epochs), *cells(hows)] for epochs, hows in accs.items())])
+
+
+def rates_table(rows, lrs):
+    "Of the tune split; the best one in bold."
+    lines = [["channels", *(f"{lr:g}" for lr in lrs)], ["---"] * (1 + len(lrs))]
+    for width in unique(map(width_of, rows)):
+        accs = [[r["tune"] for r in rows if width_of(r) == width and r["settings"]["recipe"][4] == lr] for lr in lrs]
+        best = max(map(np.mean, accs))
+        lines.append([str(width), *(f"**{spread(a)}**" if np.mean(a) == best else spread(a) for a in accs)])
+    return markdown(lines)
 
 
 def cells(hows):
