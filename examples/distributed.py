@@ -1,4 +1,4 @@
-"""Distil on several GPUs, or on several processes of one machine.
+"""Distill on several GPUs, or on several processes of one machine.
 
     accelerate launch --multi_gpu distributed.py                      # all GPUs of this machine
     accelerate launch --cpu --num_processes 2 distributed.py --cpu    # a try on two CPU processes

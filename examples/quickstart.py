@@ -1,4 +1,4 @@
-"""Distil a teacher into a student 100 times smaller, on scikit-learn's handwritten digits: nothing to download.
+"""Distill a teacher into a student 100 times smaller, on scikit-learn's handwritten digits: nothing to download.
 
     python quickstart.py                        # two to three minutes on one core
     python quickstart.py --seeds 1 --epochs 1   # a first look, not a result
@@ -127,11 +127,11 @@ def main(argv: list[str] | None = None) -> None:
     teacher = get_learner(TEACHER, ALL, args.draws, seed=0)
     teacher_acc = fit(teacher, args.epochs, 5e-3, title="teacher")
 
-    distil = partial(KnowledgeDistillationCallback, teacher, SoftTarget, weight=0.9)
+    distilled = partial(KnowledgeDistillationCallback, teacher, SoftTarget, weight=0.9)
     students = {
         "student alone": lambda: None,
-        "distilled": distil,
-        "with unlabeled images": lambda: distil(unlabeled=get_images(FEW)[1]),  # the labels are ignored
+        "distilled": distilled,
+        "with unlabeled images": lambda: distilled(unlabeled=get_images(FEW)[1]),  # the labels are ignored
     }
     results, models = {name: [] for name in students}, {"teacher": teacher}
     for seed in range(args.seeds):

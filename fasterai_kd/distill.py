@@ -34,12 +34,12 @@ def distill(
     self: Learner,
     teacher: Any,  # model, Learner, path of an exported Learner, a list of these, or `Teacher(...)`
     epochs: int,  # of training; after `freeze_epochs` if given
-    lr: float | None = None,  # highest learning rate; None: the Learner's own, of `fine_tune` 2e-3
+    lr: float | None = None,  # highest learning rate; None: the Learner's own, with `freeze_epochs` 2e-3
     *,
     unlabeled: Any = None,  # images without labels to learn from too: a DataLoader, or a list of files
     loss: Callable[..., Tensor] | None = None,  # None: picked
-    weight: float | str = "auto",  # of the distillation loss; without labels 1
-    freeze_epochs: int | None = None,  # for a pretrained student: `fine_tune`, with the body frozen for so many epochs
+    weight: float | str = "auto",  # of the distillation loss; without labels "auto" is 1
+    freeze_epochs: int | None = None,  # for a pretrained student: `fine_tune`, with a frozen body for this many epochs
     **kwargs: Any,  # of the callback, such as `schedule`, and of `fit_one_cycle` or `fine_tune`, such as `wd`
 ) -> KnowledgeDistillationCallback:
     """Trains the student with a teacher: picks the loss, its layers and its weight, and prints which and why.
@@ -88,7 +88,7 @@ _OPTIONS = {"activations_student", "activations_teacher", "schedule", "task_weig
 
 def _choose(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], y: Any) -> Choice:
     if teacher.model is None:
-        raise TypeError("an average of the student has yet to be made: give it to KnowledgeDistillationCallback")
+        raise TypeError("distill cannot take an EMATeacher: give it to KnowledgeDistillationCallback and use `fit`")
     with torch.no_grad(), evaluating(learn.model):
         pred = predictions(learn.model(*xb), "the student")
     y = index_labels(y, pred)

@@ -32,16 +32,16 @@ class KnowledgeDistillationCallback(Callback):
 
     `loss` is any function called as `loss(pred=, teacher_pred=, fm_s=, fm_t=, target=)` that returns a scalar;
     `fm_s` and `fm_t` are the features of the student's and the teacher's layers by name, in the order given.
-    Tensors come in float32, outside autocast. A loss that uses labels has `target` in its signature: MixUp and CutMix
-    mix it as they mix the task loss. A loss that is a module is trained along. The teacher runs once a batch on the
+    Tensors are in float32, outside autocast. A loss that uses labels has `target` in its signature: MixUp and CutMix
+    mix it as they mix the task loss. If the loss is a module, it is trained too. The teacher runs once per batch on the
     student's inputs, in evaluation mode under `no_grad`. It does not run in `get_preds`, or while `schedule` keeps the
     weight at 0. `Teacher` has the options of a teacher, such as a cache.
 
-    With `unlabeled`, each training batch has inputs without labels beside it: the task loss and the metrics are of the
-    labeled ones, the distillation loss is of both. Dataloaders without any labels train from the teacher alone.
+    With `unlabeled`, each training batch comes with a batch of inputs without labels: the task loss and the metrics use
+    the labeled inputs, the distillation loss uses both. Dataloaders without any labels train from the teacher alone.
 
-    Raises TypeError and ValueError for what cannot work: arguments at once, layers of the student when `fit` starts,
-    shapes at the first batch; FloatingPointError for nan or inf of the teacher, before they reach a step.
+    Raises TypeError and ValueError for wrong arguments at once, for the student's layers when `fit` starts, for shapes
+    at the first batch; FloatingPointError if the teacher gives nan or inf, before the optimizer steps.
     """
 
     order = 0  # after the task loss; before GradientAccumulation divides it and MixedPrecision leaves autocast
@@ -58,9 +58,9 @@ class KnowledgeDistillationCallback(Callback):
         schedule: Any = None,  # `Schedule`, or any function: share of the training done → factor on `weight`
         *,
         task_weight: float | None = None,  # weight of the task loss; None: 1 - w
-        distill_valid: bool = True,  # False: validation shows the plain task loss and spares the teacher
-        adapter: Any = None,  # 'auto' lets FitNet, ActivationBoundaries, CWD compare unequal channels; or a function
-        unlabeled: Any = None,  # DataLoader, or list of items: each training batch has one without labels beside it
+        distill_valid: bool = True,  # False: validation shows the plain task loss, without the teacher
+        adapter: Any = None,  # 'auto' lets losses that need equal shapes, as FitNet, compare others; or a function
+        unlabeled: Any = None,  # inputs without labels to learn from too: a DataLoader, or a list of items (files)
     ):
         self.loss, self.weight, self.schedule = loss, weight, schedule
         self.task_weight, self.distill_valid = task_weight, distill_valid

@@ -169,7 +169,7 @@ class _Share(AvgMetric):
 def _classes(output: Any, whose: str) -> Tensor:
     if not isinstance(output, Tensor) or output.ndim < 2 or output.shape[1] < 2:
         got = shape_of(output) if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"agreement and teacher_accuracy are of classes (B, C, ...), the {whose} gives {got}")
+        raise ValueError(f"agreement and teacher_accuracy need classes (B, C, ...), but the {whose} gives {got}")
     return output.detach().argmax(1)
 
 

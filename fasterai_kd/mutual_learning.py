@@ -38,7 +38,7 @@ class MutualLearning(Callback):
     `loss` over the others' predictions, without their graph. A peer is a Learner, of which its model, `loss_func`,
     optimizer and `wd` are used: its learning rate, and what else is scheduled, follow the learner's. MixUp and CutMix
     mix its task loss as the learner's; its own data and callbacks are not used. All models take their step from the
-    same predictions, where the paper lets one go after the other. Validation shows the plain task loss, `lr_find`
+    same predictions; in the paper one model steps after the other. Validation shows the plain task loss, `lr_find`
     trains alone.
 
     Raises TypeError and ValueError, when made or when `fit` starts, for what is no peer and what does not work with it:

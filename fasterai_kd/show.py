@@ -1,7 +1,7 @@
 """Pictures and tables for notebooks: `from fasterai_kd.show import *`.
 
 Each picture draws in `ax`, or in a new figure, and returns the axes to go on with. Where a student or a teacher is
-expected, a `Learner` does as well; models run in evaluation mode and are left as they were.
+expected, a `Learner` also works; models run in evaluation mode and are left as they were.
 """
 
 from collections.abc import Sequence

@@ -128,9 +128,9 @@ class AutoWeight:
         if self._at is not None and self._logs and not self._said and rank_distrib() == 0:
             mean, n = math.exp(sum(self._logs) / len(self._logs)), len(self._logs)
             print(
-                f"weight='auto': {self.weight:.4g}, beside {self.task_weight:g} of the task loss. In {n} "
-                f"batch{'es' * (n > 1)} the gradient of the task loss was {mean:.3g} times that of the distillation "
-                f"loss, at {self._at[0]}"
+                f"weight='auto': {self.weight:.4g}, with task_weight={self.task_weight:g}. In {n} batch"
+                f"{'es' * (n > 1)} the gradient norm of the task loss was {mean:.3g} times that of the distillation "
+                f"loss, measured at the parameter {self._at[0]}"
             )
         self._said = True
 

@@ -351,7 +351,7 @@ def test_regression_with_logits(shape):
 @works("tasks", "regression")
 def test_regression_with_a_softmax_loss_is_refused():
     kd = KnowledgeDistillationCallback(Net(classes=1), SoftTarget)
-    with pytest.raises(ValueError, match="for regression or a single logit use Logits"):
+    with pytest.raises(ValueError, match="for regression use Logits, for a single logit MultiLabel"):
         learner_of(datasets(lambda i: torch.ones(1)), Net(classes=1), MSELossFlat()).fit(1, cbs=kd)
 
 

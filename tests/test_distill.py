@@ -192,7 +192,7 @@ def test_predictions_are_the_first_of_several_outputs_as_of_text_models(make_lea
 
 
 def test_an_average_that_has_yet_to_be_made_is_refused(make_learner):
-    with pytest.raises(TypeError, match="an average of the student has yet to be made"):
+    with pytest.raises(TypeError, match="distill cannot take an EMATeacher"):
         make_learner().distill(EMATeacher(), 1)
 
 

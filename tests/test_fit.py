@@ -282,7 +282,7 @@ def test_the_callback_is_a_drop_in_for_every_fit(make_learner, teacher, how, los
 
 @works("other calls", "lr_find")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # fastai loads the weights back
-def test_lr_find_distils_and_leaves_no_trace(make_learner, teacher):
+def test_lr_find_distills_and_leaves_no_trace(make_learner, teacher):
     calls = []
     teacher.register_forward_hook(lambda *_: calls.append(1))
     learn = make_learner(cbs=kd_for(teacher, Attention))
@@ -908,5 +908,5 @@ def test_dense_outputs_agree_by_position(make_learner, teacher):
 def test_outputs_without_classes_cannot_agree(make_learner):
     kd = KnowledgeDistillationCallback(Net(classes=1), Logits)
     learn = make_learner(Net(classes=1), loss_func=lambda p, y: F.mse_loss(p[:, 0], y.float()), metrics=kd.agreement)
-    with pytest.raises(ValueError, match=r"are of classes \(B, C, ...\), the student gives \(4, 1\)"):
+    with pytest.raises(ValueError, match=r"need classes \(B, C, ...\), but the student gives \(4, 1\)"):
         learn.fit(1, cbs=kd)

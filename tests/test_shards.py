@@ -151,7 +151,7 @@ def test_a_file_of_a_gigabyte_of_holes_with_a_sound_header_is_passed_over_at_onc
     store = Store("q")
     tracemalloc.start()
     for shard in find_shards(tmp_path, "q", set()):
-        store.add(shard, replace=False)
+        store.add(shard)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert {shard.path for shard in store.shards} == {good.path}
@@ -163,15 +163,6 @@ def test_a_file_of_one_record_or_none_is_sound(tmp_path):
     write_shard(tmp_path, "q", records(1), False)
     write_shard(tmp_path, "q", records(0), False)
     assert sorted(len(list(shard.keys())) for shard in find_shards(tmp_path, "q", set())) == [0, 1]
-
-
-@pytest.mark.parametrize("replace", [True, False])
-def test_a_file_that_is_found_does_not_take_the_place_of_what_is_known(tmp_path, replace):
-    first, second = (write_shard(tmp_path, "q", records(), False) for _ in range(2))
-    store = Store("q")
-    store.add(first)
-    store.add(second, replace=replace)
-    assert {shard for shard, _ in store.index.values()} == {second if replace else first}
 
 
 def test_a_write_that_fails_leaves_no_file(tmp_path, monkeypatch):

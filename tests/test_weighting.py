@@ -79,7 +79,7 @@ def test_it_is_fixed_after_ten_batches_and_says_what_it_chose(make_learner, teac
     assert len(set(weights[9:])) == 1
     assert kd.current_weight == weights[-1]
     where = "head.weight" if loss is SoftTarget else "layer2.0.weight"
-    expected = f"weight='auto': {weights[-1]:.4g}, beside {task_weight or 0.5:g} of the task loss. In 10 batches"
+    expected = f"weight='auto': {weights[-1]:.4g}, with task_weight={task_weight or 0.5:g}. In 10 batches"
     assert expected in (text := capsys.readouterr().out)
     assert text.rstrip().endswith(where)
 

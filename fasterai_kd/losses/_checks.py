@@ -50,7 +50,7 @@ def logits(
     if s.ndim < 2 or s.shape[1] < 2:
         raise ValueError(
             f"{loss} needs logits (B, C) of two or more classes, got {shape_of(s)}: "
-            "for regression or a single logit use Logits"
+            "for regression use Logits, for a single logit MultiLabel"
         )
     check_temperature(loss, T)
     return (_z_score(s), _z_score(t)) if standardize else (s, t)
@@ -69,7 +69,7 @@ def class_indices(loss: str, target: Tensor, s: Tensor) -> Tensor:
     if y.is_floating_point() or y.shape != s.shape[:1] + s.shape[2:]:
         raise ValueError(
             f"{loss} needs one class index per sample for logits {shape_of(s)}, got a target "
-            f"{shape_of(y)} of {y.dtype}: for soft or multi-label targets use SoftTarget or Logits"
+            f"{shape_of(y)} of {y.dtype}: for soft targets use SoftTarget, for multi-label ones MultiLabel"
         )
     return y.long().unsqueeze(1)
 

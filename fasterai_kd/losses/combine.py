@@ -76,7 +76,7 @@ class CombinedLoss:
 def combine(
     *parts: Any,  # (loss, weight), (loss, weight, pairs) or (loss, weight, pairs, schedule); or one dict of these
 ) -> CombinedLoss:
-    """A weighted sum of losses that ask the teacher once: `combine((SoftTarget, 0.9), (Attention, 1000.0, pairs))`.
+    """A weighted sum of losses, with one teacher pass: `combine((SoftTarget, 0.9), (Attention, 1000.0, pairs))`.
 
     `pairs` are layers as from `match_feature_layers`; a part without them compares those that the callback is given.
     Each part's share is in `kd.history` and `kd.metrics` under the name of its loss, or of its key in a dict.
@@ -93,7 +93,7 @@ def combine(
         taken = [p.name for p in made]
         if part.name in taken or part.name in _RESERVED:
             if name is not None:
-                raise ValueError(f"a part cannot be called {name!r}")
+                raise ValueError(f"a part cannot be called {name!r}: the name is taken or reserved")
             n = next(n for n in range(2, len(taken) + 3) if f"{part.name}_{n}" not in taken)
             part = replace(part, name=f"{part.name}_{n}")
         made.append(part)

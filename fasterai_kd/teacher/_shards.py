@@ -107,12 +107,10 @@ class Store:
     looked: bool = False  # has the teacher been asked again in this fit?
     off: bool = False  # until the next fit
 
-    def add(self, shard: MemoryShard | Shard, replace: bool = True) -> None:
+    def add(self, shard: MemoryShard | Shard) -> None:
         "Index its records."
         self.shards.add(shard)
-        for number, key in enumerate(shard.keys()):
-            if replace or key not in self.index:
-                self.index[key] = shard, number
+        self.index |= {key: (shard, number) for number, key in enumerate(shard.keys())}
 
     def drop(self, gone: set[Any]) -> None:
         "Forget these shards."

@@ -25,8 +25,8 @@ OVERHEAD = 300  # bytes in memory of a key and what belongs to it
 TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2  # of the largest value: a batch of other samples rounds otherwise
 
 Outputs = dict[str, Tensor]
-AUGMENTED = """since random augmentation or mixing makes others of them each time: give `fit` the callback \
-RepeatedViews(2), or use deterministic transforms"""
+AUGMENTED = """since random augmentation or mixing changes them each time: give `fit` the callback RepeatedViews(2), \
+or use deterministic transforms"""
 
 
 class TeacherCache:
@@ -39,7 +39,7 @@ class TeacherCache:
     largest value, 1/50 in half precision), what was stored is left aside with a warning.
 
     In a folder, records are written 64 MiB at a time and when an epoch ends, to files that never change; all processes
-    read each other's. Delete the folder to be rid of it.
+    read each other's. Delete the folder to remove the cache.
 
     Samples that random augmentation changes each epoch are never found again. After an epoch of training with hardly
     any found, the cache says so, drops them and serves validation only.
@@ -132,7 +132,7 @@ class TeacherCache:
             if fitting:
                 self._off = True
                 warnings.warn(
-                    "the teacher changed during the fit: its outputs are not stored until the next", stacklevel=2
+                    "the teacher changed during this fit: its outputs are not stored until the next fit", stacklevel=2
                 )
         self._waiting = 0
         self._count_memory()
@@ -174,7 +174,7 @@ class TeacherCache:
             self._in_folder = bytes_in(self.path)
             known = {shard.path for shard in store.shards if isinstance(shard, Shard)}
             for shard in find_shards(self.path, store.question, known):
-                store.add(shard, replace=False)
+                store.add(shard)
 
     def _keys(self, xb: Sequence[Any]) -> np.ndarray:
         try:
@@ -263,7 +263,7 @@ class TeacherCache:
                     "augmented",
                     f"in this epoch {self._found} of {self._seen} samples were found in the teacher's cache, "
                     + ("which is too small: give it a larger size" if self._full else AUGMENTED)
-                    + ". In training it is off now, in validation it stays on",
+                    + ". The cache is now off in training and stays on in validation",
                 )
         self._before, self._seen, self._found = self._seen, 0, 0
 

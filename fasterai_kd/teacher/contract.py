@@ -41,7 +41,7 @@ def compare_words(theirs: Any, own: Any) -> None:
         i = next((i for i, (a, b) in enumerate(zip(*words, strict=False)) if a != b), None)
         if i is not None:
             warnings.warn(
-                f"teacher and student have other vocabularies: entry {i} is {words[0][i]!r} for the teacher and "
+                f"teacher and student have different vocabularies: entry {i} is {words[0][i]!r} for the teacher and "
                 f"{words[1][i]!r} for the student. Make the student's dataloaders with the teacher's words",
                 stacklevel=2,
             )

@@ -24,7 +24,7 @@ class EMATeacher(Teacher):
     + (1 - `decay`) · the student's. Other buffers are the student's. Layers have the student's names. `kd.teacher` is
     the averaged model, also after the fit: `learn.model.load_state_dict(kd.teacher.state_dict())`.
 
-    Each fit starts anew, so `fine_tune` does twice. With several processes each keeps its own average, of the same
+    Each fit starts a new average, `fine_tune` two. With several processes each keeps its own average, of the same
     weights; statistics of BatchNorm agree with `sync_bn=True`, fastai's default.
 
     Raises ValueError for a `decay` outside 0 … 1.
