@@ -208,7 +208,7 @@ def test_a_fit_of_few_batches_says_what_it_chose_at_its_end(make_learner, teache
     fit(make_learner, teacher, SoftTarget, n=1, weight="auto")
     out = capsys.readouterr().out
     assert out.count("weight='auto'") == 1
-    assert "In 4 batches the gradient of the task loss was" in out
+    assert "In 4 batches the gradient norm of the task loss was" in out
 
 
 @pytest.mark.parametrize("kd", [None, torch.tensor(1.0), torch.tensor(math.inf)])

@@ -43,6 +43,8 @@ def page(rows):
     `fit_one_cycle`, images shifted by up to one pixel and mirrored. The loss is `SoftTarget` with
     `weight={s["weight"]}`. The learning rate is the one that suits the student alone best; the distilled student has
     the same. Nothing else was chosen by its accuracy, and nothing on the test images."""
+    chosen = f"""Accuracy of the student alone after {epochs} epochs on the tune split, with
+    {len(unique(row["settings"]["seed"] for row in of(rows, "tune")))} other seeds. The best of each row was taken."""
     return f"""{page_head("Size and epochs", rows, some_sizes, options, FILE, "benchmark_students.py")}
 {flow(about)}
 
@@ -72,8 +74,7 @@ A student of {width_of(some_epochs[0])} channels; each row is a training of its 
 
 ## Learning rates
 
-Accuracy of the student alone after {epochs} epochs, on images that are neither in training nor in test, with
-{len(unique(row["settings"]["seed"] for row in of(rows, "tune")))} other seeds. The best of each row was taken.
+{flow(chosen)}
 
 {rates_table(of(rows, "tune"), lrs)}
 

@@ -24,9 +24,11 @@ __all__ = [
     "same_shape",
     "times",
     "total",
+    "z_score",
 ]
 
 Features = Mapping[str, Tensor]
+FLAT = 1e-6  # what varies less than this has no shape
 
 
 def same_shape(loss: str, pred: Tensor, teacher_pred: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,9 +44,7 @@ def same_shape(loss: str, pred: Tensor, teacher_pred: Tensor) -> tuple[Tensor, T
     return plain(pred), plain(teacher_pred).detach()
 
 
-def logits(
-    loss: str, pred: Tensor, teacher_pred: Tensor, T: float = 1, standardize: bool = False
-) -> tuple[Tensor, Tensor]:
+def logits(loss: str, pred: Tensor, teacher_pred: Tensor, T: float = 1) -> tuple[Tensor, Tensor]:
     "As `same_shape`, for a softmax over dim 1."
     s, t = same_shape(loss, pred, teacher_pred)
     if s.ndim < 2 or s.shape[1] < 2:
@@ -53,7 +53,7 @@ def logits(
             "for regression use Logits, for a single logit MultiLabel"
         )
     check_temperature(loss, T)
-    return (_z_score(s), _z_score(t)) if standardize else (s, t)
+    return s, t
 
 
 def check_temperature(loss: str, T: float) -> None:
@@ -77,20 +77,25 @@ def class_indices(loss: str, target: Tensor, s: Tensor) -> Tensor:
 def counted(
     loss: str,
     s: Tensor,  # of the student (N, C, ...)
+    t: Tensor,  # of the teacher
     target: Tensor | None,  # class indices of all samples, or of the first ones: the others have no labels, and count
     ignore_index: int | None,
-) -> Tensor | None:
-    "Which samples or positions count, (N, ...); None: all."
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Both with 0 where samples or positions do not count, and which do (N, ...); None: all.
+
+    Zeros in place of the outputs, and not only of the losses: 0 · nan is nan in the backward pass.
+    """
     if ignore_index is None:
-        return None
+        return s, t, None
     if target is None:
         raise ValueError(f"{loss} ignores the label {ignore_index}, so it needs `target`, the labels")
     n = len(target)
     if n == 0:
-        return None
+        return s, t, None
     counts = torch.ones(s.shape[:1] + s.shape[2:], dtype=torch.bool, device=s.device)
     counts[:n] = class_indices(loss, target, s[:n]).squeeze(1) != ignore_index
-    return counts
+    void = ~counts.unsqueeze(1)
+    return s.masked_fill(void, 0), t.masked_fill(void, 0), counts
 
 
 def mean(values: Tensor, counts: Tensor | None) -> Tensor:
@@ -111,13 +116,16 @@ def times(p_t: Tensor, log_ratio: Tensor) -> Tensor:
     return p_t * torch.where(p_t == 0, 0.0, log_ratio)
 
 
-def _z_score(z: Tensor) -> Tensor:
-    "Over the classes that no mask rules out, be it -inf or the least number of a dtype."
+def z_score(z: Tensor) -> Tensor:
+    """Over the classes that no mask rules out, be it -inf or the least number of a dtype.
+
+    Equal logits, as of a head that starts at 0, become 0 and keep their gradient: divided by almost 0 it would explode.
+    """
     kept = z > torch.finfo(torch.float16).min
     n = kept.sum(1, keepdim=True, dtype=z.dtype)
     centered = torch.where(kept, z - torch.where(kept, z, 0.0).sum(1, keepdim=True) / n, 0.0)
     std = centered.norm(dim=1, keepdim=True) / (n - 1).clamp(min=1).sqrt()
-    return torch.where(kept, centered / (1e-7 + std), -math.inf)
+    return torch.where(kept, centered / torch.where(std > FLAT, 1e-7 + std, 1.0), -math.inf)
 
 
 def pairs(loss: str, fm_s: Features, fm_t: Features) -> Iterator[tuple[str, Tensor, Tensor]]:

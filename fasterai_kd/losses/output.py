@@ -7,7 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_temperature, class_indices, counted, kl, logits, mean, same_shape, times
+from ._checks import (
+    FLAT,
+    check_temperature,
+    class_indices,
+    counted,
+    kl,
+    logits,
+    mean,
+    same_shape,
+    times,
+    z_score,
+)
 from ._traits import logit_loss
 
 __all__ = ["DIST", "DecoupledKD", "HardTarget", "Logits", "MultiLabel", "Mutual", "SoftTarget"]
@@ -33,8 +44,9 @@ def SoftTarget(
     Sources: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network", NeurIPS workshop 2014, section 2;
     for `standardize`, Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024.
     """
-    s, t = logits("SoftTarget", pred, teacher_pred, T, standardize)
-    return mean(kl(s, t, T), counted("SoftTarget", s, target, ignore_index)) * T**2
+    s, t, counts = counted("SoftTarget", *logits("SoftTarget", pred, teacher_pred, T), target, ignore_index)
+    s, t = (z_score(s), z_score(t)) if standardize else (s, t)
+    return mean(kl(s, t, T), counts) * T**2
 
 
 @logit_loss(over_classes=True)
@@ -51,8 +63,8 @@ def Mutual(
     Raises ValueError for unequal shapes or fewer than two classes.
     Source: Zhang et al., "Deep Mutual Learning", CVPR 2018, section 3: the mimicry loss.
     """
-    s, t = logits("Mutual", pred, teacher_pred)
-    return mean(kl(s, t), counted("Mutual", s, target, ignore_index))
+    s, t, counts = counted("Mutual", *logits("Mutual", pred, teacher_pred), target, ignore_index)
+    return mean(kl(s, t), counts)
 
 
 @logit_loss(raw_outputs=True)
@@ -71,12 +83,10 @@ def Logits(
     Raises ValueError for unequal shapes.
     Source: Ba & Caruana, "Do Deep Nets Really Need to be Deep?", NeurIPS 2014, eq. 1.
     """
-    s, t = same_shape("Logits", pred, teacher_pred)
+    s, t, counts = counted("Logits", *same_shape("Logits", pred, teacher_pred), target, ignore_index)
     out = t == -math.inf
     s, t = s.masked_fill(out, 0), t.masked_fill(out, 0)
-    if ignore_index is None:
-        return F.mse_loss(s, t)
-    return mean((s - t).square().mean(1), counted("Logits", s, target, ignore_index))
+    return F.mse_loss(s, t) if counts is None else mean((s - t).square().mean(1), counts)
 
 
 @logit_loss()
@@ -115,9 +125,8 @@ def HardTarget(
     Source: Touvron et al., "Training data-efficient image transformers & distillation through attention", ICML 2021,
     eq. 3: hard-label distillation.
     """
-    s, t = logits("HardTarget", pred, teacher_pred)
-    losses = F.cross_entropy(s, t.argmax(1), reduction="none")
-    return mean(losses, counted("HardTarget", s, target, ignore_index))
+    s, t, counts = counted("HardTarget", *logits("HardTarget", pred, teacher_pred), target, ignore_index)
+    return mean(F.cross_entropy(s, t.argmax(1), reduction="none"), counts)
 
 
 @logit_loss(over_classes=True, reduction=True, needs_labels=True)
@@ -148,11 +157,11 @@ def DecoupledKD(
     """
     if target is None:
         raise ValueError("DecoupledKD needs `target`, the labels; without labels use SoftTarget")
-    s, t = logits("DecoupledKD", pred, teacher_pred, T, standardize)
+    s, t, counts = counted("DecoupledKD", *logits("DecoupledKD", pred, teacher_pred, T), target, ignore_index)
+    s, t = (z_score(s), z_score(t)) if standardize else (s, t)
     y = class_indices("DecoupledKD", target, s)
-    ignored = None if ignore_index is None else y == ignore_index
-    if ignored is not None:
-        y = y.masked_fill(ignored, 0)
+    if counts is not None:
+        y = y.masked_fill(~counts.unsqueeze(1), 0)
     log_p_s, log_rest_s, z_s = _split_target(s / T, y)
     log_p_t, log_rest_t, z_t = _split_target(t / T, y)
     q_t = z_t.scatter(1, y, -math.inf).exp()  # teacher among the other classes; 0 at the target
@@ -166,10 +175,7 @@ def DecoupledKD(
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
     loss = loss.flatten(1 if reduction == "none" else 0)
-    if ignored is None:
-        return loss.mean(-1)
-    ignored = ignored.reshape(loss.shape)
-    return loss.masked_fill(ignored, 0).sum(-1) / (~ignored).sum(-1).clamp(min=1)
+    return loss.mean(-1) if counts is None else loss.sum(-1) / counts.reshape(loss.shape).sum(-1).clamp(min=1)
 
 
 @logit_loss(over_classes=True)
@@ -193,9 +199,8 @@ def DIST(
     Raises ValueError for unequal shapes, fewer than two classes or `T` ≤ 0.
     Source: Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022.
     """
-    s, t = logits("DIST", pred, teacher_pred, T)
+    s, t, counts = counted("DIST", *logits("DIST", pred, teacher_pred, T), target, ignore_index)
     p_s, p_t = ((z / T).softmax(1).movedim(1, -1).flatten(0, -2) for z in (s, t))
-    counts = counted("DIST", s, target, ignore_index)
     if counts is not None:
         p_s, p_t = p_s[counts.flatten()], p_t[counts.flatten()]
         if not len(p_s):
@@ -214,5 +219,12 @@ def _split_target(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    a, b = (x - x.mean(dim, keepdim=True) for x in (a, b))
-    return (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)
+    "0 where one of both hardly varies, with a gradient that does not explode."
+    a, b = (_scaled(x - x.mean(dim, keepdim=True), x.norm(dim=dim, keepdim=True), dim) for x in (a, b))
+    return (a * b).sum(dim)
+
+
+def _scaled(a: Tensor, size: Tensor, dim: int) -> Tensor:
+    "To the norm 1; what is almost 0 beside its `size` stays as it is."
+    norm = a.norm(dim=dim, keepdim=True)
+    return a / torch.where(norm > FLAT * size, norm, 1.0)
