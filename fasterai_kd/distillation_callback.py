@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._tensors import plain
 from .distiller import Distiller
-from .history import LossHistory, check_nested
+from .history import LossHistory
 from .losses._checks import total
 from .losses.matching import get_model_layers, get_module_by_name, match_feature_layers
 from .teacher.teacher import as_teacher
@@ -87,7 +87,12 @@ class KnowledgeDistillationCallback(Callback):
             raise ValueError("two callbacks would update one EMATeacher twice a step: give each its own")
         if any(cb.loss is self.loss and cb.teacher is self.teacher is not None for cb in others):
             warnings.warn("two distillation callbacks with the same teacher and loss: both are blended", stacklevel=2)
-        check_nested(self.learn.metrics)
+        if self._distiller.joins_inputs and any(cb._distiller.hooks_student for cb in others):
+            raise ValueError(
+                "unlabeled inputs of one distillation callback do not go together with layers or unlabeled inputs of "
+                "another: give one callback combine(...) of the losses"
+            )
+        self._history.begin_fit(self.learn.metrics)
         self._read_attributes()
         self._distiller.begin_fit(self.learn)
 
@@ -118,7 +123,7 @@ class KnowledgeDistillationCallback(Callback):
             self._distiller.start(self.learn, self.training and not self.train_iter, eager)
 
     def after_pred(self) -> None:
-        "A batch without labels has the task loss 0."
+        "The student's forward is done; a batch without labels has the task loss 0."
         if self._active:
             self._distiller.after_pred(self.learn)
 

@@ -63,7 +63,7 @@ class Distiller:
             warnings.warn("no loss here compares features of equal shapes: the adapter is not used", stacklevel=2)
         why = self.teacher and self.teacher.why_no_raw_outputs
         if why and self.evaluator.any("raw_outputs"):
-            raise ValueError(f"{why}, but the loss compares raw outputs: use SoftTarget")
+            raise ValueError(f"{why}, but the loss needs the outputs as they are: use SoftTarget, or one teacher alone")
 
     def begin_fit(self, learn: Learner) -> None:
         "Do teacher, student, loss and data go together?"
@@ -79,7 +79,7 @@ class Distiller:
         self.teacher.begin_fit(student, next((cb.k for cb in learn.cbs if isinstance(cb, RepeatedViews)), 1))
         self.teacher.find_layers(self.evaluator.teacher, student)
         self._student.hooks.layers(learn.model)
-        self.teacher.meet_data(learn.dls, self.evaluator.names("teacher_pred"))
+        self.teacher.meet_data(learn.dls, self.evaluator.names("teacher_pred") or bool(self._history.compares))
         self.evaluator.to_device_of(student)
         names = self.evaluator.softmax_names()
         if names and has_independent_classes(learn.loss_func):
@@ -103,7 +103,8 @@ class Distiller:
         self._student.start(learn, eager, self._more if joins else ())
 
     def after_pred(self, learn: Learner) -> None:
-        "A batch without labels has the task loss 0."
+        "The student's forward is done; a batch without labels has the task loss 0."
+        self._student.end_forward()
         self.no_labels = not len(learn.yb)
         if self.no_labels:
             check_metrics(learn.metrics)
@@ -120,14 +121,15 @@ class Distiller:
         batches = student_batches(learn, self._student, self._more)
         if learn.training and not self.checked:
             self._warned = warn_if_fixed(batches[0].features)
-        self._class_dim = class_dim(learn.pred, learn.y, learn.loss_func, self._class_dim)
+        y = None if self.no_labels else learn.y
+        self._class_dim = class_dim(learn.pred, y, learn.loss_func, self._class_dim)
         values = [self._evaluate(learn, batch, pct) for batch in batches]
         self.checked = True
         return mean_by_size(batches, values)
 
     def _evaluate(self, learn: Learner, batch: StudentBatch, pct: float) -> dict[str, Tensor]:
         assert self.teacher is not None
-        dim, y = self._class_dim, None if self.no_labels else learn.y
+        dim, y = self._class_dim, None if self.no_labels or batch.labeled == 0 else learn.y
         out = self.teacher.forward(
             batch.xb,
             self.evaluator.teacher,
@@ -200,6 +202,16 @@ class Distiller:
         self._extra.end_fit()
         self.adapters.end_fit()
         self._layouts = None
+
+    @property
+    def joins_inputs(self) -> bool:
+        "Does the student see more than the learner's inputs?"
+        return self._unlabeled is not None
+
+    @property
+    def hooks_student(self) -> bool:
+        "Do its forward hooks read or change what the student gives?"
+        return self.joins_inputs or bool(self.evaluator.student)
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -32,6 +32,8 @@ class ExtraOptimizers:
     ) -> None:
         "New optimizers."
         self.end_fit()
+        for module in modules:  # a fit that an exception ended may have left gradients
+            module.zero_grad()
         if trial:
             self._before_trial = [(m, deepcopy(m.state_dict())) for m in modules]
 

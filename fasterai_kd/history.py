@@ -20,8 +20,13 @@ class LossHistory:
     "Keeps task loss, distillation loss and its parts; a few hundred steps at a time move off the device."
 
     def __init__(self) -> None:
-        self.compares: set[str] = set()  # which of 'agreement' and 'teacher_accuracy' somebody wants to see
+        self.compares: set[str] = set()  # which of 'agreement' and 'teacher_accuracy' the metrics show
         self.reset([])
+
+    def begin_fit(self, metrics: Sequence[Any]) -> None:
+        "What do the learner's metrics compare?"
+        check_nested(metrics)
+        self.compares = {m.name for m in metrics if isinstance(m, _Share) and m.history is self}
 
     def reset(self, names: Sequence[str]) -> None:
         "A new fit, with these parts of the distillation loss."
@@ -106,7 +111,6 @@ class LossHistory:
 
     def share(self, name: str) -> AvgMetric:
         "Of 'agreement' or 'teacher_accuracy'."
-        self.compares.add(name)
         return _Share(self, name)
 
     def _metric(self, name: str) -> Callable[..., Tensor]:
@@ -154,14 +158,14 @@ class _Share(AvgMetric):
     "Hits among all that count, over the batches; nan if one of them was not compared."
 
     def __init__(self, history: LossHistory, name: str):
-        self._history, self._name = history, name
+        self.history, self._name = history, name
 
     @property
     def name(self) -> str:
         return self._name
 
     def accumulate(self, learn: Learner) -> None:
-        hits, counted = self._history._compared.get(self._name) or (torch.tensor(nan), torch.tensor(1.0))
+        hits, counted = self.history._compared.get(self._name) or (torch.tensor(nan), torch.tensor(1.0))
         self.total += learn.to_detach(hits)
         self.count += learn.to_detach(counted)
 

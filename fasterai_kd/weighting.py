@@ -13,6 +13,8 @@ from .schedule import check_schedule, factor_at
 
 __all__ = ["AutoWeight", "Weighting", "check_weights"]
 
+ROUNDING = math.log(1e5)  # of the ratio of two gradients: beyond this one of them is rounding
+
 
 class Weighting:
     """(1 - w) · task + w · distillation loss, or with a task weight: task_weight · task + w · distillation loss.
@@ -71,6 +73,8 @@ class Weighting:
         share = 1 - weight if self.task_weight is None else self.task_weight
         if share == 0:  # also of a task loss that is nan, as where all labels are ignored
             task = task.nan_to_num(0.0, 0.0, 0.0)
+        if kd is not None and weight == 0 and not task.requires_grad:  # without labels: there is no other gradient
+            task = task + 0 * kd.nan_to_num(0.0, 0.0, 0.0)
         if self.task_weight is not None:
             task = self.task_weight * task
             return task if kd is None or weight == 0 else task + weight * kd
@@ -116,7 +120,7 @@ class AutoWeight:
         if self._at is not None:
             norms = [_gradient(loss, self._at[1]).norm() for loss in (task, kd)]
             ratio = (norms[0] / norms[1]).log().item()
-            if math.isfinite(ratio):  # else one of them is 0, as where student and teacher agree
+            if abs(ratio) < ROUNDING:  # else one of them is 0, or noise, as where student and teacher agree
                 self._logs.append(ratio)
         if not self.measuring:
             if not self._logs:

@@ -693,6 +693,19 @@ def test_after_ctrl_c_the_adapters_have_no_gradient(make_learner, wide, event):
     assert not any(p.grad is not None and p.grad.any() for p in kd.adapters.parameters())
 
 
+def test_a_fit_begins_without_the_gradients_of_one_that_was_interrupted(make_learner, wide):
+    def stop(learn):
+        raise KeyboardInterrupt
+
+    kd, grads = auto(wide), []
+    learn = make_learner()
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1, 0.01, cbs=[kd, Call(before_step=stop)])
+    learn.opt.zero_grad()
+    learn.fit(1, 0.01, cbs=[kd, Call(before_batch=lambda _: grads.append([p.grad for p in kd.adapters.parameters()]))])
+    assert not any(grad is not None and grad.any() for grad in grads[0])
+
+
 def test_a_loss_whose_parameters_the_learner_trains_already_is_not_trained_twice(make_learner, teacher):
     class Scaled(nn.Module):
         def __init__(self):

@@ -493,12 +493,12 @@ def test_a_value_too_large_for_float16_is_refused_by_layer(teacher):
         (
             lambda: _kd(loss=Logits, cache=TeacherCache(top_k=2)),
             ValueError,
-            "the loss compares raw outputs",
+            "the loss needs the outputs as they are",
         ),
         (
             lambda: _kd(loss=partial(Logits), cache=TeacherCache(top_k=2)),
             ValueError,
-            "the loss compares raw outputs",
+            "the loss needs the outputs as they are",
         ),
     ],
 )

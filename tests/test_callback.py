@@ -71,8 +71,13 @@ BAD = [
     (TypeError, "RKD has no argument 'wd': did you mean 'w_d'", lambda t: (t, combine((partial(RKD, wd=2), 1.0)))),
     (
         ValueError,
-        "an ensemble gives log-probabilities, but the loss compares raw outputs",
+        "an ensemble gives log-probabilities, but the loss needs the outputs as they are",
         lambda t: ([t, Net()], partial(Logits)),
+    ),
+    (
+        ValueError,
+        "an ensemble gives log-probabilities, but the loss needs the outputs as they are",
+        lambda t: ([t, Net()], MultiLabel),
     ),
     (ValueError, "an ensemble has no common layers", lambda t: ([t, Net()], Attention, "conv1", "conv1")),
 ]

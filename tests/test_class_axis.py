@@ -112,6 +112,10 @@ ints = lambda *shape: torch.zeros(shape, dtype=torch.long)  # noqa: E731
         (x(4, 7, 3), x(4, 7), None, 1),  # no classes
         (x(4, 7, 3), ints(4), None, 1),
         ((x(4, 7, 3),), ints(4, 7), None, 1),
+        (x(4, 7, 3), None, CrossEntropyLossFlat(), 2),  # without labels the task loss tells
+        (x(4, 7, 3), None, nn.CrossEntropyLoss(), 1),
+        (x(4, 7), None, CrossEntropyLossFlat(), 1),
+        (x(4, 3, 8, 8), None, CrossEntropyLossFlat(), 1),
     ],
 )
 def test_labels_tell_where_the_classes_are(pred, y, loss_func, dim):

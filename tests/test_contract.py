@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Net, image
+from fastai.callback.core import Callback
 from fastai.callback.schedule import SchedCos
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import Categorize, Normalize
@@ -181,6 +182,47 @@ def test_predictions_are_picked_by_the_names_of_the_classes(tmp_path, capsys, ki
     for got in (seen[0], seen[6]):
         torch.testing.assert_close(got - got[:, :1], expected - expected[:, :1], rtol=1e-4, atol=1e-5)
     assert "picked by the names of the classes: columns 3, 4, 0, 2 of 5" in capsys.readouterr().out
+
+
+def other_order(tmp_path):
+    "A student, and the same as a teacher with its classes the other way round."
+    student, model = learner(data(tmp_path)), Net()
+    model.load_state_dict(student.model.state_dict())
+    for p in model.head.parameters():
+        p.data = p.data.flip(0)
+    return student, learner(data(tmp_path, vocab=ANIMALS[::-1]), model)
+
+
+def test_classes_are_matched_for_metrics_also_where_layers_are_compared(tmp_path):
+    student, teacher = other_order(tmp_path)
+    kd = KnowledgeDistillationCallback(teacher, Attention, "layer1", "layer1")
+    student.metrics = [kd.agreement]
+    assert student.validate(cbs=kd)[1] == 1
+
+
+def test_a_loss_of_ones_own_on_several_outputs_gets_the_teachers_classes_in_the_students_order(tmp_path):
+    student, teacher = other_order(tmp_path)
+    seen = []
+
+    class Two(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            out = self.net(x)
+            return out, out
+
+    def own(pred, teacher_pred, **kwargs):
+        seen.append(teacher_pred)
+        return SoftTarget(pred[1], teacher_pred)
+
+    student.model, student.loss_func = Two(student.model), lambda out, y: F.cross_entropy(out[0], y)
+    student.add_cb(Callback(after_pred=lambda self: seen.append(self.pred[1])))
+    student.validate(cbs=KnowledgeDistillationCallback(teacher, own))
+    torch.testing.assert_close(seen[0], seen[1])
+    kd = KnowledgeDistillationCallback(teacher, select(SoftTarget, student=1), task_weight=0.0, weight=1.0)
+    assert student.validate(cbs=kd)[0] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_class_that_the_teacher_lacks_is_an_error(tmp_path):

@@ -72,8 +72,7 @@ def test_a_fault_that_the_teacher_shows_once_is_reported_without_asking_it_again
 
 def test_agreement_counts_all_but_void_and_accuracy_only_labels_that_are_classes():
     history = history_module.LossHistory()
-    history.share("agreement")
-    history.share("teacher_accuracy")
+    history.begin_fit([history.share("agreement"), history.share("teacher_accuracy")])
     student, teacher = (torch.eye(3)[i] for i in ([0, 1, 2, 1, 0, 2], [0, 1, 1, 1, 2, 2]))
     history.compare(student, teacher, torch.tensor([0, 1, 1, 7, -1, 2]), ignored=1)
     shares = {name: (hits.item(), counted.item()) for name, (hits, counted) in history._compared.items()}

@@ -235,6 +235,14 @@ def test_a_student_that_gives_all_classes_the_same_logit_gets_a_finite_gradient(
     assert s.grad.isfinite().all()
 
 
+@losses(Z_SCORED | select("DIST"))
+def test_a_head_that_starts_at_0_gets_a_gradient_of_a_common_size(loss):
+    _, t, y = batch(4, 7)
+    s = torch.zeros_like(t, requires_grad=True)
+    loss(s, t, target=y).backward()
+    assert s.grad.norm() < 100
+
+
 @losses(Z_SCORED)
 @law
 @given(eighths(4, 5), eighths(4, 5), st.floats(0.5, 10), st.floats(0.5, 10), st.floats(-9, 9), st.floats(-9, 9))
@@ -365,6 +373,22 @@ def test_ignoring_needs_labels(loss):
     s, t, _ = batch(4, 5)
     with pytest.raises(ValueError, match=f"{loss.__name__} ignores the label 255, so it needs `target`"):
         loss(s, t, ignore_index=VOID)
+
+
+@pytest.mark.parametrize("loss", IGNORING, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_ignored_positions_may_be_nan_and_change_no_gradient(loss, who):
+    s, t, y = batch(2, 5, 3, 2)
+    void = torch.zeros_like(y, dtype=torch.bool)
+    void[:, 0] = True
+    bad = [x.movedim(1, -1).clone() for x in (s, t)]
+    bad[who == "teacher"][void] = torch.nan
+    results = []
+    for a, b in ((s, t), (x.movedim(-1, 1) for x in bad)):
+        a = a.detach().requires_grad_()
+        value = loss(a, b, target=y.masked_fill(void, VOID), ignore_index=VOID)
+        results.append((value, *torch.autograd.grad(value, a)))
+    assert_close(*results)
 
 
 # Independent classes

@@ -1,5 +1,6 @@
 "The same numbers as `fasterai`, in values and gradients, where it is right; and the same call."
 
+import copy
 import inspect
 import warnings
 from functools import cache
@@ -7,6 +8,9 @@ from functools import cache
 import pytest
 import torch
 import torchvision.models as tv
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.metrics import accuracy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -108,6 +112,33 @@ class Shared(nn.Module):
         super().__init__()
         self.a = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())
         self.b, self.c = self.a[0], None
+
+
+SCHEDULES = [None, "cos", "one_cycle"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_training_has_the_peers_losses_and_accuracy(name, schedule):
+    g = torch.Generator().manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(24, 3, 12, 12, generator=g), torch.arange(24) % 4)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(256, 4))
+    teacher, values = copy.deepcopy(net).eval(), []
+    for p in teacher.parameters():
+        p.data += 0.1 * torch.randn(p.shape, generator=g)
+    for callback, losses, schedules in (
+        (ours.KnowledgeDistillationCallback, ours, our_schedules),
+        (peer.KnowledgeDistillationCallback, peer, peer_schedules),
+    ):
+        loaders = [torch.utils.data.DataLoader(data, batch_size=8) for _ in range(2)]
+        learn = Learner(DataLoaders(*loaders), copy.deepcopy(net), loss_func=nn.CrossEntropyLoss(), metrics=accuracy)
+        layers = (["0", "2"], ["0", "2"]) if name in LOSSES[4:] else ()
+        how = {"schedule": getattr(schedules, schedule)} if schedule else {}
+        kd = callback(copy.deepcopy(teacher), getattr(losses, name), *layers, weight=0.4, **how)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(2, 0.01, cbs=kd)
+        values.append([*learn.recorder.losses, *learn.recorder.values[0], *learn.recorder.values[1]])
+    assert_close(*(torch.tensor(v) for v in values), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("net", [*ARCHS, "shared"])

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from fasterai_kd import *
-from fasterai_kd.schedule import cos
+from fasterai_kd.schedule import cos, dsd, lin, one_shot
 
 works = pytest.mark.works
 EXTRA = torch.randn(10, 3, 16, 16, generator=torch.Generator().manual_seed(9))
@@ -151,6 +151,59 @@ def test_a_loss_on_labels_has_no_value_for_unlabeled_images_of_another_size(make
         make_learner(copy.deepcopy(model), opt_func=SGD).fit(1, 0.0, cbs=[kd, Still()])
         losses.append(kd.history["kd_loss"])
     assert losses[1] == pytest.approx(losses[0])
+
+
+def test_labels_are_ignored_in_the_labeled_part_alone_where_images_have_another_size(make_learner, teacher):
+    small, model = DataLoader([(x[:, ::2, ::2],) for x in EXTRA], bs=3, device=torch.device("cpu")), Net().eval()
+    loss, seen = partial(SoftTarget, ignore_index=2), []
+    watch = Callback(after_pred=lambda self: seen.append((self.x, self.y)))
+    kd = KnowledgeDistillationCallback(teacher, loss, unlabeled=small)
+    learn = make_learner(copy.deepcopy(model), opt_func=SGD)
+    learn.fit(1, 0.0, cbs=[kd, Still(), watch])
+    (x, y), u = seen[0], next(iter(small))[0]
+    labeled, unlabeled = (loss(model(z), teacher(z), target=t).item() for z, t in ((x, y), (u, y[:0])))
+    assert kd.history["kd_loss"][0] == pytest.approx((4 * labeled + 3 * unlabeled) / 7)
+
+
+@pytest.mark.parametrize("own", [{"unlabeled": True}, {"activations_student": "conv1", "activations_teacher": "conv1"}])
+def test_of_two_callbacks_that_hook_the_student_one_with_unlabeled_images_is_refused(make_learner, teacher, own):
+    own = {**own, **({"unlabeled": extra()} if "unlabeled" in own else {})}
+    loss = Attention if "activations_student" in own else SoftTarget
+    one = KnowledgeDistillationCallback(teacher, Logits, unlabeled=extra())
+    for cbs in ([one, KnowledgeDistillationCallback(Net(), loss, **own)],) * 2:
+        with pytest.raises(ValueError, match=r"do not go together with .* another: give one callback combine\("):
+            make_learner().fit(1, cbs=cbs[::-1])
+
+
+@pytest.mark.parametrize("layers", [(), PAIRS], ids=["predictions", "layers"])
+def test_a_callback_that_looks_at_the_batch_first_changes_nothing(make_learner, teacher, layers):
+    class Look(Callback):
+        order = 5
+
+        def before_batch(self):
+            with torch.no_grad(), torch.random.fork_rng([]):
+                self.learn.model(*self.xb)
+
+    weights, model = [], Net().eval()
+    for cbs in ([], [Look()]):
+        kd = KnowledgeDistillationCallback(teacher, FitNet if layers else SoftTarget, *layers, unlabeled=extra())
+        learn = make_learner(copy.deepcopy(model))
+        learn.fit(1, 0.01, cbs=[kd, Still(), *cbs])
+        weights.append(state(learn.model))
+    assert same(*weights)
+
+
+@pytest.mark.parametrize("layers", [(), PAIRS], ids=["predictions", "layers"])
+def test_hooks_of_the_users_own_on_the_student_see_the_labeled_part_and_may_change_inputs(
+    make_learner, teacher, layers
+):
+    learn, seen = make_learner(), []
+    learn.model.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+    learn.model.register_forward_hook(lambda m, args, out: seen.append(len(out)))
+    kd = KnowledgeDistillationCallback(teacher, FitNet if layers else SoftTarget, *layers, unlabeled=extra())
+    learn.fit(1, 0.01, cbs=kd)
+    assert set(seen) == {4}
+    assert len(kd.history["kd_loss"]) == 4
 
 
 def test_a_loss_on_labels_sees_the_labeled_part_of_several_outputs(make_learner):
@@ -463,6 +516,15 @@ def test_without_any_labels_the_teacher_alone_trains(tmp_path, folder, teacher, 
     assert (task, valid_loss) == (0, pytest.approx(kd_loss))
     assert train_loss > 0
     assert learn.loss_func is loss_func
+
+
+@pytest.mark.parametrize("schedule", [lin, cos, dsd, one_shot])
+def test_without_labels_the_weight_may_start_at_0(tmp_path, teacher, schedule):
+    learn = Learner(without_labels(tmp_path), Net(), loss_func=CrossEntropyLossFlat())
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, weight=1.0, schedule=schedule)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(2, 0.01, cbs=kd)
+    assert kd.history["weight"][0] == 0 < max(kd.history["weight"])
 
 
 def test_without_labels_a_fit_is_that_of_a_hand_written_loop(tmp_path, teacher):

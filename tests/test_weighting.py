@@ -199,6 +199,15 @@ def test_a_student_with_checkpoints_is_measured(make_learner, teacher, use_reent
     assert capsys.readouterr().out.rstrip().endswith("head.weight")
 
 
+def test_a_student_that_is_the_teacher_is_not_balanced_by_rounding(make_learner, teacher):
+    student = copy.deepcopy(teacher)
+    for p in student.parameters():
+        p.data += 1e-9 * torch.randn_like(p)
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, weight="auto")
+    make_learner(student).fit(1, 0.0, cbs=[kd, Callback(before_train=lambda self: self.learn.model.eval())])
+    assert set(kd.history["weight"]) == {0.5}
+
+
 def test_another_word_is_refused(teacher):
     with pytest.raises(ValueError, match="weight must be a number or 'auto', got 'automatic'"):
         KnowledgeDistillationCallback(teacher, SoftTarget, weight="automatic")

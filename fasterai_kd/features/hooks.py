@@ -54,11 +54,6 @@ class FeatureHooks:
         finally:
             self.take_off()
 
-    @property
-    def are_on(self) -> bool:
-        "Are the layers hooked?"
-        return bool(self._handles)
-
     def put_on(self, model: nn.Module) -> None:
         "Hook the layers, for a new forward pass."
         self.take_off()

@@ -19,15 +19,18 @@ __all__ = ["StudentForward"]
 class StudentForward:
     """The learner's own forward: features of layers, and inputs without labels beside the learner's.
 
-    `start` before it, `pop` after it. A pre-hook on the model that the learner calls knows the learner's inputs by
-    identity, puts the layers' hooks on and adds the unlabeled inputs if they are of the same shapes; a forward hook
-    takes the hooks off, also after an exception, and keeps the unlabeled part of the output to itself, so that nobody
-    else sees it. The two go with `pop`, `stop`, or the model's next forward.
+    `start` before it, `end_forward` and `pop` after it. A pre-hook on the model that the learner calls knows the
+    learner's inputs by identity, puts the layers' hooks on and adds the unlabeled inputs if they are of the same
+    shapes; a forward hook takes the hooks off, also after an exception, and keeps the unlabeled part of the output to
+    itself, so that nobody else sees it. Of several forwards of these inputs the last one counts: a callback may have
+    looked at them first.
     """
 
     def __init__(self, names: Sequence[str]):
         self.hooks = FeatureHooks(names, "student")
-        self._handles: list[RemovableHandle] = []
+        self._before: RemovableHandle | None = None
+        self._after: RemovableHandle | None = None
+        self._runs = False
         self._learn: Learner = None
         self._eager: _Eager | None = None
         self._extra: tuple[Any, ...] = ()  # unlabeled inputs
@@ -50,7 +53,11 @@ class StudentForward:
             self._eager = _Eager(model)
         if self.hooks.names or unlabeled:
             self._learn, self._extra = learn, unlabeled
-            self._handles = [model.register_forward_pre_hook(self._before_forward)]
+            self._before = model.register_forward_pre_hook(self._before_forward, prepend=True)
+
+    def end_forward(self) -> None:
+        "What runs from here on is none of the learner's."
+        self._take_off()
 
     def pop(self) -> tuple[dict[str, Tensor], Any, Any]:
         "Features by name; all inputs joined, and the output for the unlabeled ones: None where they were not joined."
@@ -69,32 +76,39 @@ class StudentForward:
         return StudentForward, ((),)
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if self.hooks.are_on:  # in a forward that Ctrl-C ended
+        if self._learn is None or self._runs:  # an exception or Ctrl-C has ended the last one
             self.stop()
-        elif self._learn is None:  # the learner's own forward is done
-            self._take_off()
-        elif len(args) == len(self._learn.xb) and all(a is b for a, b in zip(args, self._learn.xb, strict=True)):
-            self.hooks.put_on(model)
-            self._handles.append(model.register_forward_hook(self._after_forward, always_call=True))
-            self._joined = join(tuple(args), self._extra) if self._extra else None
-            return self._joined
-        return None
+            return None
+        xb = self._learn.xb
+        if len(args) != len(xb) or any(a is not b for a, b in zip(args, xb, strict=True)):
+            return None
+        self._runs = True
+        self.hooks.put_on(model)
+        self._after = model.register_forward_hook(self._after_forward, prepend=True, always_call=True)
+        self._joined = join(tuple(args), self._extra) if self._extra else None
+        return self._joined
 
     def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        learn, self._learn, self._extra = self._learn, None, ()
+        self._runs = False
         self.hooks.take_off()
-        if self._joined is None or output is None:
+        if output is None:  # an exception, during which torch lets no hook be removed
+            self._learn, self._extra = None, ()
             return None
-        n, total = size_of(learn.xb), size_of(self._joined)
+        if self._after is not None:
+            self._after.remove()
+        if self._joined is None:
+            return None
+        n, total = size_of(self._learn.xb), size_of(self._joined)
         self._output = take_first(output, -n, total)
         return take_first(output, n, total)
 
     def _take_off(self) -> None:
-        for handle in self._handles:
+        for handle in filter(None, (self._before, self._after)):
             handle.remove()
         if self._eager is not None:
             self._eager.undo()
-        self._handles, self._learn, self._eager, self._extra = [], None, None, ()
+        self._before, self._after, self._runs = None, None, False
+        self._learn, self._eager, self._extra = None, None, ()
         self.hooks.take_off()
 
 

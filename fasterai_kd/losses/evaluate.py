@@ -186,7 +186,7 @@ def _reads_whole(part: Part, pred: Any) -> bool:
 def _predictions(part: Part, pred: Any, out: Any) -> dict[str, Any]:
     "Of student and teacher, one tensor each unless the loss reads whole outputs."
     if _reads_whole(part, pred):
-        return {"pred": plain(pred), "teacher_pred": plain(out.output)}
+        return {"pred": plain(pred), "teacher_pred": out.pred if isinstance(out.output, Tensor) else plain(out.output)}
     if not trait(part.loss, "reads_predictions"):
         return {"pred": plain(pred), "teacher_pred": None}
     return {"pred": plain(predictions(pred, "the student")), "teacher_pred": out.pred}

@@ -89,7 +89,7 @@ def Logits(
     return F.mse_loss(s, t) if counts is None else mean((s - t).square().mean(1), counts)
 
 
-@logit_loss()
+@logit_loss(raw_outputs=True)
 def MultiLabel(
     pred: Tensor,  # student logits, any shape, such as (B, C), or (B,) of a single logit
     teacher_pred: Tensor,  # teacher logits, same shape
