@@ -137,7 +137,6 @@ def hard_target(s, t, y):
     "batch",
     [(6, 5), (2, 2), (3, 4), (2, 3, 2, 2), (2, 4, 3, 2), (3, 3, 7), (1, 3, 4)],
     [{"beta": 0.5, "gamma": 2.0, "T": 4.0}],
-    rel=1e-5,  # the 1e-8 in the denominator
 )
 def dist(s, t, beta=1.0, gamma=1.0, T=1.0):
     p_s, p_t = (softmax(z / T, axis=1) for z in (s, t))
