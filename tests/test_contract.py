@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from conftest import Net, image
 from fastai.callback.schedule import SchedCos
-from fastai.data.core import DataLoaders, Datasets
+from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.data.transforms import Categorize, Normalize
 from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastai.text.data import LMDataLoader, Numericalize
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandomResizedCropGPU, Resize, aug_transforms
 from fastai.vision.core import cifar_stats, imagenet_stats
@@ -195,6 +197,104 @@ def test_made_up_labels_of_a_transformers_config_are_not_compared(tmp_path):
     model = Net()
     model.config = type("Config", (), {"id2label": {i: f"LABEL_{i}" for i in range(4)}})()
     learner(data(tmp_path)).fit(1, cbs=KnowledgeDistillationCallback(model, SoftTarget))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.other = Net(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.net(x)
+        return x, self.other(x)
+
+
+def two_targets(tmp_path, first, second):
+    blocks = [[as_image], *([animal, Categorize(vocab=vocab, sort=False)] for vocab in (first, second))]
+    dsets = Datasets(list(range(24)), blocks, splits=[range(16), range(16, 24)], n_inp=1)
+    dls = dsets.dataloaders(bs=4, num_workers=0, device=CPU, path=tmp_path, shuffle=False)
+    learn = learner(dls, TwoHeads())
+    learn.loss_func = lambda out, y, z: F.cross_entropy(out[0], y) + F.cross_entropy(out[1], z)
+    return learn
+
+
+def test_of_two_targets_the_first_names_the_predictions(tmp_path, capsys):
+    other = ("dog", "cat", "bee", "ape")
+    teacher, student = two_targets(tmp_path, ANIMALS, ANIMALS), two_targets(tmp_path, other, ANIMALS)
+    student.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    assert "picked by the names of the classes: columns 3, 2, 1, 0 of 4" in capsys.readouterr().out
+
+
+def test_classes_of_a_second_target_pick_nothing_and_are_a_warning_where_they_differ(tmp_path, capsys):
+    teacher, student = (two_targets(tmp_path, ANIMALS, vocab) for vocab in (ANIMALS, ANIMALS[::-1]))
+    with pytest.warns(UserWarning, match="different classes for target 2: entry 0 is 'ape' for the teacher and 'dog'"):
+        student.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    assert capsys.readouterr().out == ""
+
+
+def test_names_that_the_user_gives_to_the_dataloaders_are_those_of_the_classes(tmp_path, capsys):
+    teacher, student = learner(data(tmp_path)), learner(data(tmp_path))
+    student.dls.vocab = list(ANIMALS[::-1])
+    student.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    assert "columns 3, 2, 1, 0 of 4" in capsys.readouterr().out
+
+
+# --- words ---
+
+WORDS = ["the", "ape", "sat", "bee", "ran", "cat", "hid", "dog"]
+
+
+class Reader(nn.Module):
+    "Predictions for each word, or their mean."
+
+    def __init__(self, classes, by_word):
+        super().__init__()
+        self.embedding, self.head, self.by_word = nn.Embedding(8, 4), nn.Linear(4, classes), by_word
+
+    def forward(self, x):
+        x = self.embedding(x)
+        return self.head(x if self.by_word else x.mean(1))
+
+
+def text_learner(tmp_path, words, classes=None, as_list=False):
+    "Of a language model, without `classes`."
+    tokens = [lambda i: [WORDS[(i + j) % 8] for j in range(6)], Numericalize(vocab=words)]
+    if as_list:
+        dsets = TfmdLists(list(range(24)), tokens, splits=[range(16), range(16, 24)])
+    else:
+        blocks = [tokens, [animal, Categorize(vocab=classes, sort=False)]] if classes else [tokens]
+        dsets = Datasets(list(range(24)), blocks, splits=[range(16), range(16, 24)])
+    kwargs = {} if classes else {"dl_type": LMDataLoader, "seq_len": 4}
+    dls = dsets.dataloaders(bs=4, num_workers=0, device=CPU, path=tmp_path, shuffle=False, **kwargs)
+    learn = learner(dls, Reader(len(classes or words), not classes))
+    learn.loss_func = CrossEntropyLossFlat()
+    return learn
+
+
+@pytest.mark.parametrize(
+    ("classes", "as_list"),
+    [(None, False), (None, True), (ANIMALS, False)],
+    ids=["language model", "language model of a list", "classifier"],
+)
+def test_other_words_are_a_warning_and_pick_no_predictions(tmp_path, capsys, classes, as_list):
+    teacher, student = (text_learner(tmp_path, words, classes, as_list) for words in (WORDS, WORDS[::-1]))
+    with pytest.warns(UserWarning, match="different vocabularies: entry 0 is 'the' for the teacher and 'dog' for the"):
+        student.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_language_model_learns_from_one_of_the_same_words(tmp_path, capsys):
+    teacher, student = (text_learner(tmp_path, WORDS) for _ in range(2))
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    student.fit(1, cbs=kd)
+    assert all(k > 0 for k in kd.history["kd_loss"])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_classes_of_texts_are_picked_by_name_where_the_words_are_the_same(tmp_path, capsys):
+    teacher, student = (text_learner(tmp_path, WORDS, classes) for classes in (ANIMALS, ANIMALS[::-1]))
+    student.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    assert "columns 3, 2, 1, 0 of 4" in capsys.readouterr().out
 
 
 # --- mistakes ---
