@@ -39,18 +39,14 @@ def compare_inputs(
 ) -> Callable[..., Any] | None:
     "How the student's inputs become the teacher's, if they must; warnings where that cannot be told."
     if not hasattr(own, "after_batch"):  # torch's loaders do not tell
+        _warn_of_unknown(normalization(theirs))
         return None
     if theirs is None:
         _compare_config(model, normalization(own))
         return None
     _compare_words(vocabularies(theirs), vocabularies(own))
-    sizes = image_size(theirs), image_size(own)
-    if None not in sizes and sizes[0] != sizes[1]:
-        warnings.warn(
-            f"the teacher was trained on images of {_by(sizes[0])}, the student's dataloaders give {_by(sizes[1])}: if "
-            "the teacher is worse on these, give Teacher(..., tfm=...) a function that resizes them",
-            stacklevel=2,
-        )
+    _compare_tables(theirs, own)
+    _compare_sizes(image_size(theirs), image_size(own))
     return _renormalized(normalization(own), normalization(theirs))
 
 
@@ -115,6 +111,66 @@ def _compare_words(theirs: Vocabularies, own: Vocabularies) -> None:
                 "the student: make the student's dataloaders with the teacher's words",
                 stacklevel=2,
             )
+
+
+def _compare_tables(theirs: Any, own: Any) -> None:
+    "Of fastai's tables: a warning where the same number means another category or value."
+    difference = _table_difference(theirs, own) if hasattr(theirs, "cat_names") and hasattr(own, "cat_names") else None
+    if difference:
+        warnings.warn(
+            f"teacher and student process their tables differently: {difference}. Make the student's dataloaders from "
+            "the teacher's: DataLoaders(teacher.dls.test_dl(train_df, shuffle=True), teacher.dls.test_dl(valid_df))",
+            stacklevel=2,
+        )
+
+
+def _table_difference(theirs: Any, own: Any) -> str | None:
+    "The first of columns, categories, means and standard deviations."
+    for kind in ("cat_names", "cont_names"):
+        a, b = list(getattr(theirs, kind)), list(getattr(own, kind))
+        if a != b:
+            return f"{kind} are {a} for the teacher and {b} for the student"
+    for name in own.cat_names:
+        codes = (list(_procs(dls, "classes").get(name, ())) for dls in (theirs, own))
+        if difference := _difference(*codes):
+            return f"of the categories of {name!r}, {difference}"
+    for name in own.cont_names:
+        (mean, std), (own_mean, own_std) = _column_stats(theirs, name), _column_stats(own, name)
+        if max(abs(mean - own_mean), abs(std - own_std)) > 0.01 * std:
+            stats = f"mean {mean:.3g}, std {std:.3g} for the teacher and {own_mean:.3g}, {own_std:.3g} for the student"
+            return f"column {name!r} has {stats}"
+    return None
+
+
+def _column_stats(dls: Any, name: Any) -> tuple[float, float]:
+    "With which Normalize changes it; 0 and 1 where there is none."
+    return _procs(dls, "means").get(name, 0.0), _procs(dls, "stds").get(name, 1.0)
+
+
+def _procs(dls: Any, kind: str) -> Mapping[Any, Any]:
+    "What Categorify (`classes`) and Normalize (`means`, `stds`) keep of each column; nothing where there is none."
+    kept = getattr(dls, kind, None)
+    return kept if isinstance(kept, Mapping) else {}
+
+
+def _compare_sizes(theirs: Any, own: Any) -> None:
+    if theirs is not None and own is not None and theirs != own:
+        warnings.warn(
+            f"the teacher was trained on images of {_by(theirs)}, the student's dataloaders give {_by(own)}: if "
+            "the teacher is worse on these, give Teacher(..., tfm=...) a function that resizes them",
+            stacklevel=2,
+        )
+
+
+def _warn_of_unknown(theirs: Any) -> None:
+    "The teacher's dataloaders normalize; those of the student are torch's."
+    if theirs is not None:
+        warnings.warn(
+            f"the teacher was trained on inputs normalized with {_stats(theirs)}, torch's dataloaders of the student "
+            "do not tell how theirs are: give Teacher(..., tfm=renormalize(student_stats, teacher_stats)) or, if they "
+            "are the same, teacher.model in place of the Learner",
+            stacklevel=2,
+        )
 
 
 def _difference(theirs: Sequence[Any], own: Sequence[Any]) -> str | None:
