@@ -418,7 +418,8 @@ def test_a_table_processed_in_another_way_is_a_warning_with_the_fix(tmp_path, ot
 @pytest.mark.parametrize("exported", [False, True])
 def test_tables_processed_as_the_teachers_are_no_warning(tmp_path, exported):
     teacher, frame = table_learner(table_data(table())), table(shift=50.0, categories="bc")
-    table_learner(table_data(table())).fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    for near in (table(), table(shift=0.1)):
+        table_learner(table_data(near)).fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
     if exported:
         teacher.export(tmp_path / "teacher.pkl")
         teacher = load_learner(tmp_path / "teacher.pkl")
