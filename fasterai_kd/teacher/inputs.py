@@ -123,8 +123,8 @@ def _scale(scale: Sequence[float], shift: Sequence[float], channels: int, *xb: A
     is_image = [isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point() and x.shape[1] == channels for x in xb]
     if not any(is_image):
         raise ValueError(
-            f"renormalize makes the teacher's inputs of images (B, {channels}, H, W), the student's inputs are "
-            f"{', '.join(map(shape_of, tensors(xb)))}: give Teacher(..., tfm=...) a function that makes the teacher's"
+            f"renormalize expects images (B, {channels}, H, W), got {', '.join(map(shape_of, tensors(xb)))}: these "
+            "are the student's inputs, give Teacher(..., tfm=...) a function that makes those of the teacher"
         )
     inputs = [_scaled(x, scale, shift) if image else x for x, image in zip(xb, is_image, strict=True)]
     return inputs[0] if len(inputs) == 1 else tuple(inputs)
