@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
+from operator import length_hint
 from statistics import median
 from typing import Any
 
@@ -56,7 +57,7 @@ class ModelTable(pd.DataFrame):
 
 def compare_models(
     models: Mapping[str, Any],  # name → Learner or model; the ratios are to the first
-    dls: Any = None,  # DataLoaders for plain models; None: those of the first Learner
+    dls: Any = None,  # DataLoaders for plain models; None: those of the first Learner that has data
     metrics: Any = None,  # of plain models; None: those of the first Learner
     device: str | torch.device | None = None,  # where latency is measured; None: where each model is
     repeats: int = 50,  # timed runs of each model
@@ -65,18 +66,18 @@ def compare_models(
 
     Latency is the median time of one forward pass of one sample, in milliseconds, in evaluation mode and under
     `torch.no_grad`, after a warm-up. The input is already on the device: loading and transforms do not count. The
-    number of threads stays as it is. A Learner is validated on its own validation set. All models are left as they
-    were; for another `device` a copy is timed.
+    number of threads stays as it is. A Learner is validated on its own validation set, one without data (loaded from a
+    file) as a plain model. All models are left as they were; for another `device` a copy is timed.
 
         table = compare_models({"teacher": teacher, "student alone": alone, "student": student})
 
     Returns a DataFrame whose last columns say how many times fewer parameters, smaller and faster a model is.
-    Raises ValueError for no models, for plain models without `dls`, and for `repeats` below 1; TypeError for what is
+    Raises ValueError for no models, for models without data, and for `repeats` below 1; TypeError for what is
     neither a Learner nor a model.
     """
     if not models or repeats < 1:
         raise ValueError(f"compare_models needs models and repeats >= 1, got {list(models)} and {repeats}")
-    first = next((m for m in models.values() if isinstance(m, Learner)), None)
+    first = next((m for m in models.values() if _has_data(m)), None)
     learners = {name: _as_learner(name, m, dls, metrics, first) for name, m in models.items()}
     seconds, devices = _latencies(learners, device, repeats)
     rows = {}
@@ -94,16 +95,24 @@ def compare_models(
 
 def _as_learner(name: str, model: Any, dls: Any, metrics: Any, first: Learner | None) -> Learner:
     "The Learner itself; a plain model with the data and the metrics of the first Learner, if not given."
-    if isinstance(model, Learner):
+    if _has_data(model):
         return model
+    kind = "a Learner without data, as `load_learner` gives it" if isinstance(model, Learner) else "a plain model"
+    model = model.model if isinstance(model, Learner) else model
     if not isinstance(model, nn.Module):
         raise TypeError(f"models[{name!r}] must be a Learner or a model (nn.Module), got a {type(model).__name__}")
     if first is not None:
         dls = first.dls if dls is None else dls
         metrics = first.metrics if metrics is None else metrics
     if dls is None:
-        raise ValueError(f"models[{name!r}] is a plain model: give dls= and metrics=, or a Learner beside it")
+        raise ValueError(f"models[{name!r}] is {kind}: give dls= and metrics=, or a Learner with data beside it")
     return Learner(dls, model, loss_func=_no_loss, metrics=metrics)
+
+
+def _has_data(model: Any) -> bool:
+    "Is it a Learner whose dataloaders give batches? Those of a loaded one are empty; a stream has no length."
+    loaders = model.dls.loaders if isinstance(model, Learner) else ()
+    return any(length_hint(dl, 1) for dl in loaders)
 
 
 def _no_loss(pred: Any, *yb: Any) -> Tensor:

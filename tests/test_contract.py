@@ -1,18 +1,25 @@
 "A teacher gets what it was trained on, and mistakes are named with their fix."
 
+import contextlib
 from functools import partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Net, image
 from fastai.callback.core import Callback
 from fastai.callback.schedule import SchedCos
-from fastai.data.core import DataLoaders, Datasets
+from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.data.transforms import Categorize, Normalize
-from fastai.learner import Learner
+from fastai.learner import Learner, load_learner
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.metrics import accuracy
+from fastai.tabular.core import Categorify
+from fastai.tabular.data import TabularDataLoaders
+from fastai.tabular.learner import tabular_learner
+from fastai.text.data import LMDataLoader, Numericalize
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandomResizedCropGPU, Resize, aug_transforms
 from fastai.vision.core import cifar_stats, imagenet_stats
@@ -115,6 +122,64 @@ def test_torchs_loaders_tell_nothing_and_nothing_is_changed(teacher, capsys):
     teacher.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     learner(dls).fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
     assert capsys.readouterr().out == ""
+
+
+def test_torchs_loaders_beside_a_teacher_learner_that_normalizes_are_a_warning(tmp_path, teacher):
+    items = torch.utils.data.TensorDataset(torch.randn(8, 3, 16, 16), torch.arange(8) % 4)
+    dls = DataLoaders(*(torch.utils.data.DataLoader(items, batch_size=4) for _ in range(2)))
+    normalized = learner(data(tmp_path, norm(imagenet_stats)))
+    with pytest.warns(UserWarning, match=r"inputs normalized with mean \(0.485, .* torch's dataloaders .* tfm=renorm"):
+        learner(dls).fit(1, cbs=KnowledgeDistillationCallback(normalized, SoftTarget))
+    for source in (normalized.model, Teacher(normalized, tfm=lambda x: x * 2), learner(data(tmp_path)), learner(dls)):
+        learner(dls).fit(1, cbs=KnowledgeDistillationCallback(source, SoftTarget))
+
+
+class Siamese(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.seen = Net(), []
+
+    def forward(self, *xb):
+        self.seen.append([x.as_subclass(torch.Tensor) for x in xb])
+        return self.net(xb[0]) + self.net(xb[1])
+
+
+def two_images(tmp_path, *tfms):
+    "And numbers, which are no images."
+    blocks = [
+        [as_image],
+        [as_image, lambda x: x.flip(-1)],
+        [lambda i: torch.full((3,), float(i))],
+        [animal, Categorize()],
+    ]
+    dsets = Datasets(list(range(24)), blocks, splits=[range(16), range(16, 24)], n_inp=3)
+    return dsets.dataloaders(bs=4, num_workers=0, device=CPU, path=tmp_path, shuffle=False, after_batch=list(tfms))
+
+
+def test_of_several_inputs_all_images_are_renormalized_and_nothing_else(tmp_path):
+    teacher = learner(two_images(tmp_path, norm(imagenet_stats)), Siamese())
+    student = learner(two_images(tmp_path, norm(cifar_stats)), Siamese())
+    expected = next(iter(teacher.dls.train))[:3]
+    student.fit(1, 0.0, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    for got, x in zip(teacher.model.seen[0], expected, strict=True):
+        torch.testing.assert_close(got, x.as_subclass(torch.Tensor), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalized", ["teacher", "student"])
+def test_a_gray_teacher_of_a_student_in_color_is_an_error_that_says_what_to_give(tmp_path, normalized):
+    gray = norm(([0.5], [0.2]))
+    gray_data = Datasets(
+        list(range(24)), [[lambda i: as_image(i)[:1]], [animal, Categorize()]], splits=[range(16), range(16, 24)]
+    )
+    make = partial(gray_data.dataloaders, bs=4, num_workers=0, device=CPU, path=tmp_path)
+    model = nn.Sequential(nn.Conv2d(1, 3, 1), Net())
+    teacher = learner(make(after_batch=[gray] if normalized == "teacher" else []), model)
+    student = learner(data(tmp_path, *([norm(imagenet_stats)] if normalized == "student" else [])))
+    with pytest.raises(
+        (ValueError, RuntimeError),
+        match=r"\(4, 3, 16, 16\): .*the student.* give Teacher\(\.\.\., tfm=\.\.\.\) a function",
+    ):
+        student.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
 
 
 # --- tfm ---
@@ -237,6 +302,174 @@ def test_made_up_labels_of_a_transformers_config_are_not_compared(tmp_path):
     model = Net()
     model.config = type("Config", (), {"id2label": {i: f"LABEL_{i}" for i in range(4)}})()
     learner(data(tmp_path)).fit(1, cbs=KnowledgeDistillationCallback(model, SoftTarget))
+
+
+def test_one_output_for_two_classes_in_another_order_is_an_error_with_the_fix(tmp_path):
+    names = ("no", "yes")
+    learners = []
+    for vocab in (names, names[::-1]):
+        blocks = [[as_image], [lambda i: names[i % 2], Categorize(vocab=vocab, sort=False)]]
+        dls = Datasets(list(range(8)), blocks).dataloaders(bs=4, num_workers=0, device=CPU)
+        learners.append(learner(dls, Net(classes=1)))
+        learners[-1].loss_func = BCEWithLogitsLossFlat()
+    teacher, student = learners
+    with pytest.raises(
+        ValueError, match=r"the teacher gives 1 output, .* \(columns 1, 0\): .* with the teacher's vocab"
+    ):
+        student.fit(1, cbs=KnowledgeDistillationCallback(teacher, MultiLabel))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.other = Net(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.net(x)
+        return x, self.other(x)
+
+
+def two_targets(tmp_path, first, second):
+    blocks = [[as_image], *([animal, Categorize(vocab=vocab, sort=False)] for vocab in (first, second))]
+    dsets = Datasets(list(range(24)), blocks, splits=[range(16), range(16, 24)], n_inp=1)
+    dls = dsets.dataloaders(bs=4, num_workers=0, device=CPU, path=tmp_path, shuffle=False)
+    learn = learner(dls, TwoHeads())
+    learn.loss_func = lambda out, y, z: F.cross_entropy(out[0], y) + F.cross_entropy(out[1], z)
+    return learn
+
+
+def test_of_two_targets_the_first_names_the_predictions(tmp_path, capsys):
+    other = ("dog", "cat", "bee", "ape")
+    teacher, student = two_targets(tmp_path, ANIMALS, ANIMALS), two_targets(tmp_path, other, ANIMALS)
+    student.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    assert "picked by the names of the classes: columns 3, 2, 1, 0 of 4" in capsys.readouterr().out
+
+
+def test_classes_of_a_second_target_pick_nothing_and_are_a_warning_where_they_differ(tmp_path, capsys):
+    teacher, student = (two_targets(tmp_path, ANIMALS, vocab) for vocab in (ANIMALS, ANIMALS[::-1]))
+    with pytest.warns(UserWarning, match="different classes for target 2: entry 0 is 'ape' for the teacher and 'dog'"):
+        student.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    assert capsys.readouterr().out == ""
+
+
+def test_names_that_the_user_gives_to_the_dataloaders_are_those_of_the_classes(tmp_path, capsys):
+    teacher, student = learner(data(tmp_path)), learner(data(tmp_path))
+    student.dls.vocab = list(ANIMALS[::-1])
+    student.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    assert "columns 3, 2, 1, 0 of 4" in capsys.readouterr().out
+
+
+# --- words ---
+
+WORDS = ["the", "ape", "sat", "bee", "ran", "cat", "hid", "dog"]
+
+
+class Reader(nn.Module):
+    "Predictions for each word, or their mean."
+
+    def __init__(self, classes, by_word):
+        super().__init__()
+        self.embedding, self.head, self.by_word = nn.Embedding(8, 4), nn.Linear(4, classes), by_word
+
+    def forward(self, x):
+        x = self.embedding(x)
+        return self.head(x if self.by_word else x.mean(1))
+
+
+def text_learner(tmp_path, words, classes=None, as_list=False):
+    "Of a language model, without `classes`."
+    tokens = [lambda i: [WORDS[(i + j) % 8] for j in range(6)], Numericalize(vocab=words)]
+    if as_list:
+        dsets = TfmdLists(list(range(24)), tokens, splits=[range(16), range(16, 24)])
+    else:
+        blocks = [tokens, [animal, Categorize(vocab=classes, sort=False)]] if classes else [tokens]
+        dsets = Datasets(list(range(24)), blocks, splits=[range(16), range(16, 24)])
+    kwargs = {} if classes else {"dl_type": LMDataLoader, "seq_len": 4}
+    dls = dsets.dataloaders(bs=4, num_workers=0, device=CPU, path=tmp_path, shuffle=False, **kwargs)
+    learn = learner(dls, Reader(len(classes or words), not classes))
+    learn.loss_func = CrossEntropyLossFlat()
+    return learn
+
+
+@pytest.mark.parametrize(
+    ("classes", "as_list"),
+    [(None, False), (None, True), (ANIMALS, False)],
+    ids=["language model", "language model of a list", "classifier"],
+)
+def test_other_words_are_a_warning_and_pick_no_predictions(tmp_path, capsys, classes, as_list):
+    teacher, student = (text_learner(tmp_path, words, classes, as_list) for words in (WORDS, WORDS[::-1]))
+    with pytest.warns(UserWarning, match="different vocabularies: entry 0 is 'the' for the teacher and 'dog' for the"):
+        student.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_language_model_learns_from_one_of_the_same_words(tmp_path, capsys):
+    teacher, student = (text_learner(tmp_path, WORDS) for _ in range(2))
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    student.fit(1, cbs=kd)
+    assert all(k > 0 for k in kd.history["kd_loss"])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_classes_of_texts_are_picked_by_name_where_the_words_are_the_same(tmp_path, capsys):
+    teacher, student = (text_learner(tmp_path, WORDS, classes) for classes in (ANIMALS, ANIMALS[::-1]))
+    student.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    assert "columns 3, 2, 1, 0 of 4" in capsys.readouterr().out
+
+
+# --- tables ---
+
+
+def table(shift=0.0, categories="abc", number="x", rows=60):
+    kind, value = [categories[i % len(categories)] for i in range(rows)], np.arange(rows) % 7 + shift
+    return pd.DataFrame({"kind": kind, number: value.astype(np.float32), "y": ["no", "yes"] * (rows // 2)})
+
+
+def table_learner(dls):
+    learn = tabular_learner(dls, [8], loss_func=CrossEntropyLossFlat(), n_out=2)
+    learn.logger = lambda *_: None
+    return learn.remove_cb(learn.progress) if hasattr(learn, "progress") else learn
+
+
+def table_data(frame, procs=(Categorify, Normalize)):
+    number = frame.columns[1]
+    return TabularDataLoaders.from_df(
+        frame, procs=list(procs), cat_names=["kind"], cont_names=[number], y_names="y", bs=8, device="cpu",
+        valid_idx=list(range(10)),
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # of fastai's data
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        ({"shift": 50.0}, r"column 'x' has mean 3, std 1.98 for the teacher and 53, 1.98"),
+        ({"categories": "bc"}, "of the categories of 'kind', entry 1 is 'a' for the teacher and 'b' for the student"),
+        ({"categories": "abcd"}, "of the categories of 'kind', entry 4 is 'd' for the student, the teacher has 4"),
+        ({"number": "z"}, r"cont_names are \['x'\] for the teacher and \['z'\] for the student"),
+    ],
+    ids=["mean", "codes", "category", "column"],
+)
+def test_a_table_processed_in_another_way_is_a_warning_with_the_fix(tmp_path, other, text):
+    teacher, frame = table_learner(table_data(table())), table(**other)
+    text = f"process their tables differently: {text}.* DataLoaders.teacher.dls.test_dl"
+    with pytest.warns(UserWarning, match=text), contextlib.suppress(IndexError):  # of an unknown category
+        table_learner(table_data(frame)).fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize("exported", [False, True])
+def test_tables_processed_as_the_teachers_are_no_warning(tmp_path, exported):
+    teacher, frame = table_learner(table_data(table())), table(shift=50.0, categories="bc")
+    for near in (table(), table(shift=0.1)):
+        table_learner(table_data(near)).fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    if exported:
+        teacher.export(tmp_path / "teacher.pkl")
+        teacher = load_learner(tmp_path / "teacher.pkl")
+    dls = DataLoaders(teacher.dls.test_dl(frame[:40], shuffle=True), teacher.dls.test_dl(frame[40:]))  # the fix
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    table_learner(dls).fit(1, cbs=kd)
+    assert len(kd.history["kd_loss"]) == 5
 
 
 # --- mistakes ---

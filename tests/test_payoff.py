@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import Net, hooks, same, state
+from fastai.data.core import DataLoaders
+from fastai.learner import load_learner
 from fastai.metrics import accuracy
 from fastai.torch_core import TensorImage
 from torch import nn
@@ -99,6 +101,28 @@ def test_plain_models_take_the_data_and_metrics_given_or_those_of_the_first_lear
     assert "accuracy" not in compare_models({"student": student}, dls=dls, repeats=1)
 
 
+def test_a_learner_loaded_from_a_file_takes_the_data_of_the_first_that_has_some(make_learner, dls, tmp_path):
+    teacher, student = make_learner(Net(16)), make_learner(Net(2))
+    teacher.export(tmp_path / "teacher.pkl")
+    loaded = load_learner(tmp_path / "teacher.pkl")
+    expected = compare_models({"teacher": teacher}, repeats=1).accuracy["teacher"]
+    for models in ({"teacher": loaded, "student": student}, {"student": student, "teacher": loaded}):
+        assert compare_models(models, repeats=1).accuracy["teacher"] == expected
+    assert compare_models({"teacher": loaded}, dls, accuracy, repeats=1).accuracy["teacher"] == expected
+    with pytest.raises(ValueError, match=r"models\['teacher'\] is a Learner without data, .* give dls= and metrics="):
+        compare_models({"teacher": loaded}, repeats=1)
+
+
+def test_a_stream_of_data_is_data(make_learner, student):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.randn(3, 16, 16), torch.tensor(0))] * 4)
+
+    learn = make_learner(student, metrics=None)
+    learn.dls = DataLoaders(torch.utils.data.DataLoader(Stream(), batch_size=2))
+    assert compare_models({"student": learn}, repeats=1)["latency (ms)"]["student"] > 0
+
+
 def test_a_metric_of_some_learners_is_missing_for_the_others(make_learner):
     kd = KnowledgeDistillationCallback(Net(), SoftTarget)
     table = compare_models(
@@ -111,8 +135,6 @@ def test_a_metric_of_some_learners_is_missing_for_the_others(make_learner):
 
 def test_dataloaders_of_torch_and_learners_without_validation_set_are_timed(make_learner, student):
     data = torch.utils.data.DataLoader([(torch.randn(3, 16, 16), torch.tensor(0))] * 4, batch_size=2)
-    from fastai.data.core import DataLoaders
-
     table = compare_models({"student": student}, dls=DataLoaders(data), metrics=accuracy, repeats=1)
     assert "accuracy" not in table
     assert table["latency (ms)"]["student"] > 0

@@ -1,8 +1,8 @@
-"What the teacher was trained on, held against the student's data: normalization, image size, classes."
+"What the teacher was trained on, held against the student's data: normalization, image size, words, tables, classes."
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastai.torch_core import rank_distrib
 from torch import nn
@@ -10,7 +10,26 @@ from torch import nn
 from .._modules import unwrap
 from .inputs import image_size, normalization, renormalize
 
-__all__ = ["class_columns", "compare_inputs", "compare_words", "names_of_classes"]
+__all__ = [
+    "Vocabularies",
+    "class_columns",
+    "compare_inputs",
+    "compare_other_targets",
+    "names_of_classes",
+    "vocabularies",
+]
+
+
+class Vocabularies(NamedTuple):
+    "What the numbers in a batch mean, for each input and each target; None for what is no list of names."
+
+    inputs: list[list[Any] | None]  # of texts the words
+    targets: list[list[Any] | None]  # the classes
+
+    @property
+    def classes(self) -> list[Any] | None:
+        "Of the predictions, which are for the first target."
+        return self.targets[0] if self.targets else None
 
 
 def compare_inputs(
@@ -20,39 +39,34 @@ def compare_inputs(
 ) -> Callable[..., Any] | None:
     "How the student's inputs become the teacher's, if they must; warnings where that cannot be told."
     if not hasattr(own, "after_batch"):  # torch's loaders do not tell
+        _warn_of_unknown(normalization(theirs))
         return None
     if theirs is None:
         _compare_config(model, normalization(own))
         return None
-    sizes = image_size(theirs), image_size(own)
-    if None not in sizes and sizes[0] != sizes[1]:
-        warnings.warn(
-            f"the teacher was trained on images of {_by(sizes[0])}, the student's dataloaders give {_by(sizes[1])}: if "
-            "the teacher is worse on these, give Teacher(..., tfm=...) a function that resizes them",
-            stacklevel=2,
-        )
+    _compare_words(vocabularies(theirs), vocabularies(own))
+    _compare_tables(theirs, own)
+    _compare_sizes(image_size(theirs), image_size(own))
     return _renormalized(normalization(own), normalization(theirs))
 
 
-def compare_words(theirs: Any, own: Any) -> None:
-    "Of texts: a warning where the same number means another word."
-    words = [_flat(next(iter(v))) if _is_nested(v) else None for v in (theirs, own)]
-    if words[0] is not None and words[1] is not None and words[0] != words[1]:
-        i = next((i for i, (a, b) in enumerate(zip(*words, strict=False)) if a != b), None)
-        if i is not None:
-            warnings.warn(
-                f"teacher and student have different vocabularies: entry {i} is {words[0][i]!r} for the teacher and "
-                f"{words[1][i]!r} for the student. Make the student's dataloaders with the teacher's words",
-                stacklevel=2,
-            )
+def vocabularies(dls: Any) -> Vocabularies:
+    "fastai's `Datasets` have one for each input and target; any other data have that of the classes."
+    given = _names(getattr(dls, "__dict__", {}).get("vocab"))  # by the user, `dls.vocab = [...]`
+    parts = getattr(dls, "tls", None)
+    if given is None and parts is not None:
+        names = [_names(getattr(part, "vocab", None)) for part in parts]
+        return Vocabularies(names[: dls.n_inp], names[dls.n_inp :])
+    names = [_names(getattr(dls, "vocab", None)) if given is None else given]
+    is_text = hasattr(dls, "seq_len")  # of a language model, whose targets are words too
+    return Vocabularies(names, []) if is_text else Vocabularies([], names)
 
 
-def names_of_classes(vocab: Any, model: nn.Module | None = None) -> tuple[list[Any] | None, bool]:
-    "As they are numbered, and whether they were the teacher's own words: a transformers model has made-up ones too."
-    names = _flat(vocab)
-    if names is not None:
-        return names, True
-    labels = getattr(getattr(unwrap(model), "config", None), "id2label", None) if model is not None else None
+def names_of_classes(own: list[Any] | None, model: nn.Module) -> tuple[list[Any] | None, bool]:
+    "As the teacher numbers them, and whether they are of its data: a transformers model has made-up ones too."
+    if own is not None:
+        return own, True
+    labels = getattr(getattr(unwrap(model), "config", None), "id2label", None)
     return ([labels[i] for i in sorted(labels)] if isinstance(labels, Mapping) else None), False
 
 
@@ -75,6 +89,98 @@ def class_columns(
     columns = [list(theirs).index(name) for name in own]
     _say(f"the teacher's predictions are picked by the names of the classes: columns {_some(columns)} of {len(theirs)}")
     return columns
+
+
+def compare_other_targets(theirs: Vocabularies, own: Vocabularies) -> None:
+    "A warning where the classes of a second target differ, whose predictions are not picked."
+    for i, (a, b) in enumerate(zip(theirs.targets[1:], own.targets[1:], strict=False), 2):
+        if a is not None and b is not None and (difference := _difference(a, b)):
+            warnings.warn(
+                f"teacher and student have different classes for target {i}: {difference}. Only the predictions for "
+                "the first target are picked by name: make the student's dataloaders with the teacher's vocab",
+                stacklevel=2,
+            )
+
+
+def _compare_words(theirs: Vocabularies, own: Vocabularies) -> None:
+    "Of texts: a warning where the same number means another word."
+    for a, b in zip(theirs.inputs, own.inputs, strict=False):
+        if a is not None and b is not None and (difference := _difference(a, b)):
+            warnings.warn(
+                f"teacher and student have different vocabularies: {difference}. The teacher reads other words than "
+                "the student: make the student's dataloaders with the teacher's words",
+                stacklevel=2,
+            )
+
+
+def _compare_tables(theirs: Any, own: Any) -> None:
+    "Of fastai's tables: a warning where the same number means another category or value."
+    difference = _table_difference(theirs, own) if hasattr(theirs, "cat_names") and hasattr(own, "cat_names") else None
+    if difference:
+        warnings.warn(
+            f"teacher and student process their tables differently: {difference}. Make the student's dataloaders from "
+            "the teacher's: DataLoaders(teacher.dls.test_dl(train_df, shuffle=True), teacher.dls.test_dl(valid_df))",
+            stacklevel=2,
+        )
+
+
+def _table_difference(theirs: Any, own: Any) -> str | None:
+    "The first of columns, categories, means and standard deviations."
+    for kind in ("cat_names", "cont_names"):
+        a, b = list(getattr(theirs, kind)), list(getattr(own, kind))
+        if a != b:
+            return f"{kind} are {a} for the teacher and {b} for the student"
+    for name in own.cat_names:
+        codes = (list(_procs(dls, "classes").get(name, ())) for dls in (theirs, own))
+        if difference := _difference(*codes):
+            return f"of the categories of {name!r}, {difference}"
+    for name in own.cont_names:
+        (mean, std), (own_mean, own_std) = _column_stats(theirs, name), _column_stats(own, name)
+        if max(abs(mean - own_mean), abs(std - own_std)) > 0.1 * std:  # less is another random split
+            stats = f"mean {mean:.3g}, std {std:.3g} for the teacher and {own_mean:.3g}, {own_std:.3g} for the student"
+            return f"column {name!r} has {stats}"
+    return None
+
+
+def _column_stats(dls: Any, name: Any) -> tuple[float, float]:
+    "With which Normalize changes it; 0 and 1 where there is none."
+    return _procs(dls, "means").get(name, 0.0), _procs(dls, "stds").get(name, 1.0)
+
+
+def _procs(dls: Any, kind: str) -> Mapping[Any, Any]:
+    "What Categorify (`classes`) and Normalize (`means`, `stds`) keep of each column; nothing where there is none."
+    kept = getattr(dls, kind, None)
+    return kept if isinstance(kept, Mapping) else {}
+
+
+def _compare_sizes(theirs: Any, own: Any) -> None:
+    if theirs is not None and own is not None and theirs != own:
+        warnings.warn(
+            f"the teacher was trained on images of {_by(theirs)}, the student's dataloaders give {_by(own)}: if "
+            "the teacher is worse on these, give Teacher(..., tfm=...) a function that resizes them",
+            stacklevel=2,
+        )
+
+
+def _warn_of_unknown(theirs: Any) -> None:
+    "The teacher's dataloaders normalize; those of the student are torch's."
+    if theirs is not None:
+        warnings.warn(
+            f"the teacher was trained on inputs normalized with {_stats(theirs)}, torch's dataloaders of the student "
+            "do not tell how theirs are: give Teacher(..., tfm=renormalize(student_stats, teacher_stats)) or, if they "
+            "are the same, teacher.model in place of the Learner",
+            stacklevel=2,
+        )
+
+
+def _difference(theirs: Sequence[Any], own: Sequence[Any]) -> str | None:
+    "The first number that means something else; the teacher may know more."
+    for i, name in enumerate(own):
+        if i >= len(theirs):
+            return f"entry {i} is {name!r} for the student, the teacher has {len(theirs)}"
+        if theirs[i] != name:
+            return f"entry {i} is {theirs[i]!r} for the teacher and {name!r} for the student"
+    return None
 
 
 def _renormalized(own: Any, theirs: Any) -> Callable[..., Any] | None:
@@ -109,18 +215,13 @@ def _compare_config(model: nn.Module, own: Any) -> None:
         )
 
 
-def _flat(vocab: Any) -> list[Any] | None:
-    "The names of the classes; text has a list of words before that of the classes."
+def _names(vocab: Any) -> list[Any] | None:
+    "As they are numbered; None for what is no list of names."
     if vocab is None or isinstance(vocab, (str, Mapping)) or not isinstance(vocab, Iterable):
         return None
-    return _flat(list(vocab)[-1]) if _is_nested(vocab) else list(vocab)
-
-
-def _is_nested(vocab: Any) -> bool:
-    if vocab is None or isinstance(vocab, (str, Mapping)) or not isinstance(vocab, Iterable):
-        return False
     names = list(vocab)
-    return bool(names) and all(isinstance(v, Iterable) and not isinstance(v, str) for v in names)
+    is_nested = bool(names) and all(isinstance(v, Iterable) and not isinstance(v, str) for v in names)
+    return None if is_nested else names
 
 
 def _close(a: Any, b: Any) -> bool:

@@ -27,7 +27,7 @@ def renormalize(
     """A `tfm` for images (B, C, H, W): `Teacher(model, tfm=renormalize(imagenet_stats, cifar_stats))`.
 
     Statistics are pairs of means and standard deviations of the channels. Images of one channel become those of three,
-    all the same, if the teacher has three means.
+    all the same, if the teacher has three means. Of several inputs all images are renormalized, and nothing else.
 
     Raises ValueError for unequal numbers of channels and standard deviations that are not positive.
     """
@@ -118,9 +118,19 @@ def _numbers(x: Any) -> Tensor:
     return torch.as_tensor(x, dtype=torch.float64).flatten().cpu()
 
 
-def _scale(scale: Sequence[float], shift: Sequence[float], channels: int, x: Tensor) -> Tensor:
-    if x.ndim != 4 or x.shape[1] != channels:
-        raise ValueError(f"renormalize expects images (B, {channels}, H, W), got {shape_of(x)}")
+def _scale(scale: Sequence[float], shift: Sequence[float], channels: int, *xb: Any) -> Any:
+    "Images among the inputs; the others stay as they are."
+    is_image = [isinstance(x, Tensor) and x.ndim == 4 and x.is_floating_point() and x.shape[1] == channels for x in xb]
+    if not any(is_image):
+        raise ValueError(
+            f"renormalize expects images (B, {channels}, H, W), got {', '.join(map(shape_of, tensors(xb)))}: these "
+            "are the student's inputs, give Teacher(..., tfm=...) a function that makes those of the teacher"
+        )
+    inputs = [_scaled(x, scale, shift) if image else x for x, image in zip(xb, is_image, strict=True)]
+    return inputs[0] if len(inputs) == 1 else tuple(inputs)
+
+
+def _scaled(x: Tensor, scale: Sequence[float], shift: Sequence[float]) -> Tensor:
     a, b = (x.new_tensor(v).view(-1, 1, 1) for v in (scale, shift))
     return x * a + b
 

@@ -27,6 +27,14 @@ class TeacherOutput(NamedTuple):
         pred: Tensor = plain(predictions(self.output))
         if self.columns is None:
             return pred
+        has = pred.shape[self.class_dim] if pred.ndim > self.class_dim else 1
+        if max(self.columns) >= has:
+            raise ValueError(
+                f"the teacher gives {has} output{'s' * (has > 1)}, in which the student's classes cannot be picked by "
+                f"name (columns {', '.join(map(str, self.columns[:10]))}): teacher and student have their classes in "
+                "another order, or not the same ones. Make the student's dataloaders with the teacher's vocab, e.g. "
+                "CategoryBlock(vocab=teacher.dls.vocab, sort=False)"
+            )
         return pred.index_select(self.class_dim, torch.tensor(self.columns, device=pred.device))
 
     def fault(self) -> str | None:

@@ -15,7 +15,7 @@ from ..features.hooks import FeatureHooks
 from ._fingerprint import fingerprint
 from ._packing import PREDICTIONS
 from .cache import TeacherCache
-from .contract import class_columns, compare_inputs, compare_words, names_of_classes
+from .contract import class_columns, compare_inputs, compare_other_targets, names_of_classes, vocabularies
 from .inputs import HALF, InputTransform, autocast, prepared
 from .output import TeacherOutput, warn_of_probabilities
 from .source import as_cache, load_source, naming_the_teacher
@@ -136,11 +136,12 @@ class Teacher:
         "The student's inputs and classes become the teacher's where their data tell how; a given `tfm` is left alone."
         if self.tfm is None:
             self._inputs = InputTransform(compare_inputs(self.model, self.dls, dls))
-        theirs, own = getattr(self.dls, "vocab", None), getattr(dls, "vocab", None)
-        compare_words(theirs, own)
-        (names, sure), (students, _) = names_of_classes(theirs, self.model), names_of_classes(own)
-        compare = compares_classes and names is not None and students is not None
-        self._columns = class_columns(names or [], students or [], sure) if compare else None
+        theirs, own = vocabularies(self.dls), vocabularies(dls)
+        names, sure = names_of_classes(theirs.classes, self.model)
+        compare = compares_classes and names is not None and own.classes is not None
+        self._columns = class_columns(names or [], own.classes or [], sure) if compare else None
+        if compares_classes:
+            compare_other_targets(theirs, own)
 
     def begin_epoch(self, training: bool) -> None:
         "A recurrent model forgets its state, as fastai resets the student's; are the weights still the same?"
