@@ -10,7 +10,7 @@ from torch import nn
 from .._modules import unwrap
 from .inputs import image_size, normalization, renormalize
 
-__all__ = ["class_columns", "compare_inputs", "compare_words", "names_of_classes"]
+__all__ = ["class_columns", "compare_inputs", "student_columns"]
 
 
 def compare_inputs(
@@ -34,7 +34,21 @@ def compare_inputs(
     return _renormalized(normalization(own), normalization(theirs))
 
 
-def compare_words(theirs: Any, own: Any) -> None:
+def student_columns(
+    dls: Any,  # of the teacher, if it came with some
+    model: nn.Module,
+    student_dls: Any,
+    compares_classes: bool,
+) -> list[int] | None:
+    "Of the teacher's predictions, where the classes of both are known; a warning for other words of a text."
+    theirs, own = getattr(dls, "vocab", None), getattr(student_dls, "vocab", None)
+    _compare_words(theirs, own)
+    (names, sure), (students, _) = _names_of_classes(theirs, model), _names_of_classes(own)
+    compare = compares_classes and names is not None and students is not None
+    return class_columns(names or [], students or [], sure) if compare else None
+
+
+def _compare_words(theirs: Any, own: Any) -> None:
     "Of texts: a warning where the same number means another word."
     words = [_flat(next(iter(v))) if _is_nested(v) else None for v in (theirs, own)]
     if words[0] is not None and words[1] is not None and words[0] != words[1]:
@@ -47,7 +61,7 @@ def compare_words(theirs: Any, own: Any) -> None:
             )
 
 
-def names_of_classes(vocab: Any, model: nn.Module | None = None) -> tuple[list[Any] | None, bool]:
+def _names_of_classes(vocab: Any, model: nn.Module | None = None) -> tuple[list[Any] | None, bool]:
     "As they are numbered, and whether they were the teacher's own words: a transformers model has made-up ones too."
     names = _flat(vocab)
     if names is not None:
