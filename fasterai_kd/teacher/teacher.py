@@ -126,6 +126,7 @@ class Teacher:
         self,
         student: nn.Module,
         views: int = 1,  # of each image, after which augmentation repeats itself
+        trial: bool = False,  # `lr_find`, after which all is as before
     ) -> None:
         "Raise if teacher and student are one model, or train the same parameters."
         own = {id(m) for m in self.model.modules()} | {id(p) for p in self.model.parameters() if p.requires_grad}
