@@ -42,8 +42,8 @@ class MutualLearning(Callback):
     trains alone.
 
     Raises TypeError and ValueError, when made or when `fit` starts, for what is no peer and what does not work with it:
-    GradientAccumulation, float16 with its GradScaler (bfloat16 does), DataParallel and several processes, parameters that
-    two models share, and a loss with parameters to train.
+    GradientAccumulation, float16 with its GradScaler (bfloat16 does), DataParallel and several processes, trainable
+    parameters that two models share, and a loss that has some.
     Source: Zhang et al., "Deep Mutual Learning", CVPR 2018, section 3, for more than two its extension to larger
     cohorts.
     """
