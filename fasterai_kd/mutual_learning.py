@@ -20,7 +20,7 @@ from ._modules import evaluating, in_training, unwrap
 from ._tensors import plain, predictions
 from .losses import Mutual
 from .losses._checks import total
-from .losses._traits import parameters_of
+from .losses._traits import name_of, parameters_of
 from .losses.combine import parts_of
 from .losses.evaluate import LossEvaluator, mix_of
 from .teacher.output import TeacherOutput
@@ -42,7 +42,8 @@ class MutualLearning(Callback):
     trains alone.
 
     Raises TypeError and ValueError, when made or when `fit` starts, for what is no peer and what does not work with it:
-    GradientAccumulation, float16 with its GradScaler (bfloat16 does), DataParallel and several processes.
+    GradientAccumulation, float16 with its GradScaler (bfloat16 does), DataParallel and several processes, trainable
+    parameters that two models share, and a loss that has some.
     Source: Zhang et al., "Deep Mutual Learning", CVPR 2018, section 3, for more than two its extension to larger
     cohorts.
     """
@@ -68,6 +69,11 @@ class MutualLearning(Callback):
             raise TypeError(f"peers must be a Learner, or a list of Learners, got {peers!r}")
         if any(p.pairs or any(parameters_of(p.loss).get(fm) for fm in ("fm_s", "fm_t")) for p in parts_of(loss)):
             raise ValueError("mutual learning compares predictions, this loss compares layers: give Mutual, SoftTarget")
+        trained = [m for m in LossEvaluator(loss, [], []).modules if any(p.requires_grad for p in m.parameters())]
+        if trained:
+            raise TypeError(
+                f"the loss {name_of(trained[0])} has parameters, which mutual learning does not train: freeze them"
+            )
         self._shows = False
 
     def before_fit(self) -> None:
@@ -78,6 +84,7 @@ class MutualLearning(Callback):
         models = [unwrap(m) for m in (self.learn.model, *(p.model for p in self.peers))]
         if len(set(map(id, models))) < len(models):
             raise ValueError("two of the students are the same model: give each Learner one of its own")
+        _check_own_parameters(models)
         if any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs):
             raise ValueError("mutual learning makes a step on each batch: remove GradientAccumulation")
         if not self.peers:
@@ -212,6 +219,17 @@ class MutualLearning(Callback):
         "What is not saved."
         super()._init_state()
         self.peers, self._outputs = [], []
+
+
+def _check_own_parameters(models: Sequence[nn.Module]) -> None:
+    "ValueError where two would train the same."
+    seen: set[int] = set()
+    for model in models:
+        own = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        shared = next((name for key, name in own.items() if key in seen), None)
+        if shared is not None:
+            raise ValueError(f"two of the students share the trainable parameter {shared!r}: give each a copy")
+        seen |= own.keys()
 
 
 class _PeerMetric(Metric):

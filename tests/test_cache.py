@@ -17,6 +17,7 @@ from fastai.data.load import DataLoader
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
+from fasttransform import Transform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -56,6 +57,15 @@ def distil(teacher, loss=SoftTarget, layers=(), dls=None, epochs=3, cbs=(), mode
 
 def weights(*args, **kwargs):
     return state(distil(*args, **kwargs)[0].model)
+
+
+class Shift(Transform):
+    "Random augmentation."
+
+    split_idx = 0
+
+    def encodes(self, x: torch.Tensor):
+        return x + torch.rand(len(x), 1, 1, 1) if x.ndim == 4 else x
 
 
 # --- the same student ---
@@ -106,6 +116,27 @@ def test_after_lr_find_a_fit_finds_what_was_stored(teacher):
         learn.lr_find(num_it=9, show_plot=False)
         learn.fit(1, 0.01)
     assert sum(calls) == 24 + 2 * 4  # a look in each
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # fastai loads the weights back
+@pytest.mark.parametrize("before", ["lr_find", "Ctrl-C"])
+def test_a_training_without_a_validation_does_not_count_as_an_epoch_of_the_next_fit(teacher, before):
+    def stop(self):
+        if before == "Ctrl-C" and self.training:
+            raise KeyboardInterrupt
+
+    dls = loader(after_batch=[Shift()])
+    learn = Learner(dls, Net(), loss_func=CrossEntropyLossFlat())
+    learn.add_cb(KnowledgeDistillationCallback(Teacher(teacher, cache=True), SoftTarget, distill_valid=False))
+    with learn.no_bar(), learn.no_logging():
+        if before == "lr_find":
+            learn.lr_find(num_it=6, show_plot=False)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                learn.fit(1, cbs=Callback(after_batch=stop))
+        calls = counted(teacher)
+        learn.fit(6, 0.01, cbs=RepeatedViews(2))
+    assert sum(calls) == 2 * 16 + 4  # each view once, and a look
 
 
 @pytest.mark.parametrize("bs", [1, 3, 5, 7])
@@ -270,7 +301,7 @@ def test_a_teacher_that_changes_during_the_fit_gives_its_outputs_of_the_moment(t
         return weights(mine, cbs=[step], cache=cache)
 
     plain = train(None)
-    with pytest.warns(UserWarning, match="the teacher changed during the fit"):
+    with pytest.warns(UserWarning, match="the teacher changed during this fit"):
         cached = train(tmp_path / "outputs")
     assert same(plain, cached)
     assert list(tmp_path.glob("outputs/*")) == []  # nothing under the name of weights that may be others
@@ -353,6 +384,41 @@ def test_a_folder_for_other_losses_layers_and_precisions_mixes_nothing(teacher, 
     for _ in range(2):
         assert same(plain[0], weights(teacher, cache=tmp_path))
         assert same(plain[1], weights(teacher, cache=tmp_path, **other))
+
+
+class Opposite(Teacher):
+    "A teacher of another kind."
+
+    def predict(self, x):
+        return -self.model(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: [t, t]], ids=["alone", "in an ensemble"])
+def test_another_kind_of_teacher_does_not_get_the_others_outputs(teacher, tmp_path, wrap):
+    for kind in (Teacher, Opposite, Teacher):
+        source = wrap(kind(teacher))
+        plain = Teacher(source) if isinstance(source, list) else kind(teacher)
+        stored = Teacher(source, cache=tmp_path) if isinstance(source, list) else kind(teacher, cache=tmp_path)
+        for x in (IMAGES[:4], IMAGES[4:8]):  # the first is looked at
+            stored.begin_fit(Net())
+            expected = plain.forward((x,)).pred
+            assert torch.equal(stored.forward((x,)).pred, expected)
+            assert torch.equal(stored.forward((x,)).pred, expected)
+            stored.end_fit()
+
+
+def test_by_hand_other_weights_give_other_outputs(teacher):
+    mine, x = Teacher(teacher, cache=True), IMAGES[:4]
+    distil(mine, epochs=1)
+    for scale in (1, 2, 1):
+        in_place_by(teacher, scale)
+        for _ in range(3):
+            assert torch.equal(mine.forward((x,)).pred, teacher(x))
+
+
+def in_place_by(model, scale):
+    with torch.no_grad():
+        model.head.weight.mul_(scale)
 
 
 def test_an_ensemble_stores_its_softmax_by_the_axis_of_the_classes(teacher):
@@ -794,6 +860,52 @@ def test_a_teacher_that_gives_nan_is_reported_as_such(teacher):
     for _ in range(2):
         with pytest.raises(FloatingPointError, match="the teacher gives nan or inf"):
             distil(mine)
+
+
+@pytest.mark.parametrize("where", ["memory", "folder"])
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+@pytest.mark.parametrize("what", ["predictions", "features"])
+def test_a_fault_of_the_teacher_is_not_stored(tmp_path, where, fault, what):
+    class Once(Net):
+        n = 0
+
+        def forward(self, x):
+            self.n += 1
+            return super().forward(x * fault if self.n == 3 else x)
+
+    mine = Teacher(Once().eval(), cache=True if where == "memory" else tmp_path)
+    options = {} if what == "predictions" else {"loss": FitNet, "layers": (["conv1"], ["conv1"])}
+    with pytest.raises(FloatingPointError, match="the teacher gives nan or inf"):
+        distil(mine, **options)
+    distil(mine, **options)
+    assert len(mine.cache) == 24
+
+
+def test_a_teacher_that_always_gives_nan_is_not_taken_for_augmentation():
+    class Half(Net):
+        def forward(self, x):
+            return torch.cat([super().forward(x), x.new_full((len(x), 1), torch.nan)], 1)
+
+    def loss(pred, teacher_pred, **kwargs):
+        return SoftTarget(pred, teacher_pred[:, :-1])
+
+    with pytest.warns(UserWarning, match="which does not store the nan and inf that the teacher gives"):
+        distil(Half().eval(), loss, cache=True)
+
+
+def test_a_file_with_other_fields_is_passed_over(teacher, tmp_path):
+    plain = weights(teacher)
+    distil(copy.deepcopy(teacher), cache=tmp_path)
+    for path in tmp_path.glob("*.npy"):
+        records = np.load(path)
+        records.dtype.names = (*records.dtype.names[:-1], "another")
+        np.save(path, records)
+    mine = Teacher(teacher, cache=tmp_path)
+    assert same(plain, weights(mine))
+    assert len(mine.cache) == 24
+    calls = counted(teacher)
+    assert same(plain, weights(mine))
+    assert calls == [4]  # a look
 
 
 def test_log_probabilities_of_minus_infinity_are_outputs_as_any():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import IMAGES, PAIRS, Net, hooks, same, state
 from fastai.callback.core import Callback, CancelStepException
-from fastai.callback.hook import hook_output
+from fastai.callback.hook import ActivationStats, hook_output
 from fastai.callback.rnn import rnn_cbs
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
@@ -20,7 +20,9 @@ from fastai.optimizer import OptimWrapper
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config, awd_lstm_clas_split
 from fastai.text.models.core import get_text_classifier
 from fastai.torch_core import set_seed
+from fastai.vision.models.unet import DynamicUnet
 from torch import nn
+from torch.nn.utils import prune
 
 from fasterai_kd import *
 
@@ -241,6 +243,109 @@ def test_a_student_that_keeps_tensors_of_its_last_batch_has_the_average_of_one_t
     plain, keeps = Net(), KeepsOutput()
     keeps.load_state_dict(plain.state_dict())
     assert same(average(plain), average(keeps))
+
+
+class Watcher(Callback):
+    "Keeps outputs of a layer by a hook, and a generator, which nobody can copy."
+
+    def before_fit(self):
+        self.n, self.gen, layer = [], (i for i in range(3)), self.learn.model.layer1
+        self.handles = [
+            layer.register_forward_hook(self.keep),
+            layer.register_forward_hook(lambda m, i, o: self.n.append(len(o))),
+            layer.register_forward_pre_hook(partial(self.keep, o=None)),
+            layer.register_full_backward_hook(self.keep),
+        ]
+
+    def keep(self, m, i, o):
+        self.n.append(len(i))
+
+    def after_fit(self):
+        for handle in self.handles:
+            handle.remove()
+
+
+@pytest.mark.filterwarnings("ignore:You are shadowing an attribute")  # fastai's own
+def test_hooks_of_callbacks_are_not_on_the_average_and_do_not_see_it(make_learner):
+    learn, kd, watcher = make_learner(), mean_teacher(), Watcher()
+    learn.fit(1, 0.1, cbs=[kd, watcher, ActivationStats(with_hist=False)])
+    assert hooks(kd.teacher) == sum(len(m._backward_hooks) for m in kd.teacher.modules()) == 0
+    assert len(watcher.n) == 4 * 4 + 2 * 3  # four training batches, two of validation without a backward
+
+
+class HooksItself(Net):
+    def __init__(self):
+        super().__init__()
+        self.layer2.register_forward_hook(self.double)
+        self.head.register_forward_pre_hook(partial(self.double, out=0))
+
+    def double(self, module, args, out):
+        return 2 * out if isinstance(out, torch.Tensor) else (2 * args[0],)
+
+
+def normed(norm):
+    net = Net()
+    norm(net.head)
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize(
+    "make",
+    [
+        HooksItself,
+        lambda: normed(nn.utils.weight_norm),
+        lambda: normed(nn.utils.spectral_norm),
+        lambda: normed(nn.utils.parametrizations.weight_norm),
+        lambda: normed(nn.utils.parametrizations.spectral_norm),
+        lambda: normed(lambda head: prune.l1_unstructured(head, "weight", 0.5)),
+        lambda: DynamicUnet(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, 1)), 4, (16, 16)),
+    ],
+    ids=["own methods", "weight_norm", "spectral_norm", "new weight_norm", "new spectral_norm", "pruned", "unet"],
+)
+def test_what_hooks_of_the_model_itself_do_the_average_does_too(make_learner, make):
+    torch.manual_seed(2)
+    learn, kd = make_learner(make(), loss_func=lambda pred, y: pred.mean(), metrics=[]), mean_teacher(Logits)
+    watched = learn.model.get_submodule("layers" if isinstance(learn.model, DynamicUnet) else "head")
+    handle = watched.register_forward_hook(lambda m, i, o: None)  # so that the copy is one without
+
+    outputs = []
+
+    def run(self):
+        if self.training and not self.iter:
+            with torch.no_grad():
+                outputs.append(self.model.eval()(IMAGES[:2]))
+            self.model.train()
+
+    def compare(self):
+        if self.training and not self.iter:
+            torch.testing.assert_close(kd.teacher(IMAGES[:2]), outputs[0], rtol=1e-5, atol=1e-6)
+
+    first = Callback(before_batch=run, after_pred=compare)
+    first.order = -1
+    learn.fit(1, 1e-3, cbs=[kd, first])
+    assert outputs
+    assert hooks(kd.teacher) == hooks(learn.model) - 1
+    handle.remove()
+
+
+def test_a_trial_leaves_the_average_as_it_was(make_learner):
+    learn, teacher = make_learner(), EMATeacher(0.9)
+    learn.fit(1, 0.1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
+    before, model = state(teacher.model), teacher.model
+    for ends in (True, False):  # or is it interrupted?
+        teacher.begin_fit(learn.model, trial=True)
+        teacher.follow(learn.model, anew=True)
+        with torch.no_grad():
+            learn.model.head.weight.add_(1)
+        teacher.after_step()
+        assert teacher.model is not model
+        if ends:
+            teacher.end_fit()
+        else:
+            teacher.begin_fit(learn.model)
+        assert teacher.model is model
+        assert same(before, state(model))
 
 
 def test_a_fresh_text_classifier_can_be_followed():

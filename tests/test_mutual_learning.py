@@ -320,6 +320,36 @@ def test_a_loss_that_is_a_module_may_have_parts_of_its_own(make_learner, make_pe
     make_learner().fit(1, 0.01, cbs=MutualLearning(make_peer(), Own()))
 
 
+class Scaled(nn.Module):
+    "A loss with a parameter."
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, pred, teacher_pred, **kwargs):
+        return (self.scale * pred - teacher_pred).square().mean()
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: combine((Mutual, 1.0), (f, 1.0))], ids=["alone", "combined"])
+def test_a_loss_with_parameters_is_refused_since_nobody_would_train_them(make_learner, make_peer, wrap):
+    with pytest.raises(TypeError, match="the loss Scaled has parameters, which mutual learning does not train"):
+        MutualLearning(make_peer(), wrap(Scaled()))
+    make_learner().fit(1, 0.01, cbs=MutualLearning(make_peer(), wrap(Scaled().requires_grad_(False))))
+
+
+@pytest.mark.parametrize("who", ["the student", "another peer"])
+def test_students_that_would_train_the_same_parameters_are_refused(make_learner, make_peer, who):
+    learn, peers = make_learner(), [make_peer(4), make_peer(4)]
+    peers[1].model.layer1 = (learn if who == "the student" else peers[0]).model.layer1
+    before = state(learn.model)
+    with pytest.raises(ValueError, match=r"two of the students share the trainable parameter 'layer1\.0\.weight'"):
+        learn.fit(1, 0.01, cbs=MutualLearning(peers))
+    assert same(before, state(learn.model))
+    peers[1].model.layer1.requires_grad_(False)
+    learn.fit(1, 0.01, cbs=MutualLearning(peers))
+
+
 def test_a_recurrent_peer_forgets_its_state_where_the_student_does(make_learner, make_peer):
     events, peer = [], make_peer()
     peer.model.reset = lambda: events.append("reset")

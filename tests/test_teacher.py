@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Net, hooks, image, same, state
+from conftest import IMAGES, Net, hooks, image, same, state
 from fastai.data.core import DataLoaders, Datasets
 from fastai.data.transforms import Categorize, Normalize
 from fastai.learner import Learner
@@ -298,6 +298,16 @@ def test_a_copy_has_options_of_its_own_and_shares_model_and_cache(teacher, kind)
     assert copied.cache is made.cache
     copied.dtype, copied.members[0].tfm = torch.bfloat16, abs
     assert (made.dtype, made.members[0].tfm) == (None, None)
+
+
+def test_options_may_be_set_later(teacher):
+    mine, x = Teacher(teacher, tfm=lambda x: x * 2), IMAGES[:4]
+    mine.tfm = lambda x: x * 3
+    assert torch.equal(mine.forward((x,)).pred, teacher(x * 3))
+    mine.tfm = None
+    assert torch.equal(mine.forward((x,)).pred, teacher(x))
+    with pytest.raises(TypeError, match="tfm must be a function"):
+        mine.tfm = 3
 
 
 def dtypes_of(model):

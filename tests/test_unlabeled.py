@@ -26,6 +26,7 @@ from fastai.vision.data import CategoryBlock, ImageBlock
 from fasttransform import Transform
 from torch import nn
 from torch.utils.data import DataLoader as TorchDataLoader
+from torch.utils.data import IterableDataset
 
 from fasterai_kd import *
 from fasterai_kd.schedule import cos, dsd, lin, one_shot
@@ -233,7 +234,9 @@ def test_validation_and_predictions_see_no_unlabeled_images(make_learner, teache
 def train(make_learner, teacher, *cbs, loss=SoftTarget, layers=(), model=None, unlabeled=None, n=2, **kwargs):
     torch.manual_seed(2)
     learn = make_learner(Net() if model is None else model)
-    kd = KnowledgeDistillationCallback(teacher, loss, *layers, unlabeled=unlabeled or extra(), **kwargs)
+    kd = KnowledgeDistillationCallback(
+        teacher, loss, *layers, unlabeled=extra() if unlabeled is None else unlabeled, **kwargs
+    )
     before = hooks(learn.model), hooks(kd.teacher)
     set_seed(0)
     learn.fit(n, 0.05, cbs=[kd, *cbs])
@@ -363,16 +366,24 @@ def test_a_list_goes_through_all_random_transforms_of_training_wherever_they_are
     assert all(x.mean() < 50 for batch in asked[4:] for x in batch)
 
 
+class Stream(IterableDataset):
+    "Images of which nobody knows how many there are."
+
+    def __iter__(self):
+        return iter(EXTRA)
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: extra(),
+        lambda: TorchDataLoader(Stream(), batch_size=4),
         lambda: TorchDataLoader(EXTRA, batch_size=4),
         lambda: TorchDataLoader(torch.utils.data.TensorDataset(EXTRA), batch_size=4),
         lambda: DataLoaders(extra(), extra()),
         lambda: extra(shuffle=True, num_workers=2),
     ],
-    ids=["fastai", "tensors", "tuples", "DataLoaders", "workers"],
+    ids=["fastai", "stream", "tensors", "tuples", "DataLoaders", "workers"],
 )
 def test_any_loader_gives_its_inputs(make_learner, teacher, make):
     asked = watched(teacher)
@@ -386,6 +397,8 @@ def test_any_loader_gives_its_inputs(make_learner, teacher, make):
         (3, TypeError, "unlabeled must be a DataLoader or a list of items, got a int"),
         ("folder", TypeError, "unlabeled must be a DataLoader or a list of items, got a str"),
         ([], ValueError, "unlabeled has no items"),
+        (extra(bs=16, drop_last=True), ValueError, "gives no batch: has it fewer items than its batch size, and drop"),
+        (TorchDataLoader(EXTRA, 16, drop_last=True), ValueError, "gives no batch: has it fewer items than its batch"),
     ],
 )
 def test_what_gives_no_images_is_refused_at_once(teacher, bad, error, text):
@@ -407,6 +420,15 @@ def test_a_loader_that_gives_no_batch_is_an_error(make_learner, teacher):
     kd._distiller._unlabeled._source.n = 1
     with pytest.raises(ValueError, match="gives no batch: has it fewer items than its batch size"):
         make_learner().fit(1, cbs=kd)
+
+
+@pytest.mark.parametrize("make", [extra, lambda: list(range(8, 16))], ids=["loader", "items"])
+def test_a_copy_of_the_callback_draws_the_same_inputs(make_learner, teacher, make):
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget, unlabeled=make())
+    make_learner().fit(1, 0.01, cbs=kd)
+    copied, asked = copy.deepcopy(kd), watched(teacher)
+    make_learner().fit(1, 0.01, cbs=copied)
+    assert [len(x) for x in asked[:4]] == ([8, 8, 6, 8] if make is extra else [8, 8, 8, 8])
 
 
 class Words(nn.Module):

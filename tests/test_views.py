@@ -1,12 +1,13 @@
 "Augmentation that repeats itself, so that a teacher's stored outputs are found."
 
 import random
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 from conftest import Net, image, label, same, state
-from fastai.callback.core import Callback, CancelTrainException
+from fastai.callback.core import Callback, CancelFitException, CancelTrainException
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.data.core import Datasets
 from fastai.learner import Learner
@@ -15,6 +16,7 @@ from fastai.torch_core import TensorImage, set_seed
 from fastai.vision.augment import aug_transforms
 from fasttransform import Transform
 from torch import nn
+from torch.utils.data import DataLoader as TorchDataLoader
 
 from fasterai_kd import *
 
@@ -121,6 +123,44 @@ def test_the_cache_hits_from_epoch_k_on_and_the_student_is_the_one_without_it(te
     assert sum(calls) == 16 * k + 4  # one batch more, to look
 
 
+UNLABELED = {
+    "items": lambda: list(range(16, 24)) * 3,
+    "fastai": lambda: loaders().train,
+    "torch": lambda: TorchDataLoader([as_image(i) for i in range(24)], batch_size=4, shuffle=True),
+    "fewer than an epoch": lambda: list(range(16, 24)),
+    "a generator": lambda: TorchDataLoader(
+        [as_image(i) for i in range(24)], batch_size=4, shuffle=True, generator=torch.Generator()
+    ),
+}
+
+
+@pytest.mark.parametrize("unlabeled", UNLABELED)
+def test_unlabeled_images_repeat_with_the_views(teacher, unlabeled):
+    students, calls = [], []
+    teacher.register_forward_hook(lambda m, args, out: calls.append(len(out)))
+    for cache in (None, True):
+        calls.clear()
+        torch.manual_seed(2)
+        model = nn.Sequential(Net())
+        kd = KnowledgeDistillationCallback(
+            Teacher(teacher, cache=cache), SoftTarget, distill_valid=False, unlabeled=UNLABELED[unlabeled]()
+        )
+        set_seed(3)
+        _, seen = fit(loaders(), kd, RepeatedViews(2), model=model)
+        assert all(map(torch.equal, seen.epochs[0], seen.epochs[2]))
+        students.append(state(model))
+    assert same(*students)
+    assert sum(calls) == 2 * 32 + 8  # each view of an image with a label and of one without, and a look
+
+
+def test_unlabeled_images_do_not_change_the_views_of_labeled_ones(teacher):
+    views = []
+    for unlabeled in (None, UNLABELED["items"]()):
+        kd = KnowledgeDistillationCallback(teacher, SoftTarget, unlabeled=unlabeled)
+        views.append(torch.cat(fit(loaders(), kd, RepeatedViews(1), epochs=1)[1].epochs[0]))
+    assert torch.equal(*views)
+
+
 def test_after_a_cancelled_batch_or_epoch_the_views_go_on():
     from fastai.callback.core import CancelBatchException, CancelTrainException
 
@@ -139,6 +179,48 @@ def test_after_a_cancelled_batch_or_epoch_the_views_go_on():
             for batches in seen.epochs:
                 for i, x in enumerate(batches[:2]):
                     assert torch.equal(x, plain.epochs[0][i])
+
+
+class Stop(Callback):
+    "Ends the fit in a batch of the training."
+
+    def __init__(self, event, order, what):
+        self.order, self.what = order, what
+        setattr(self, event, self.stop)
+
+    def stop(self):
+        if self.training and self.iter == 2:
+            raise self.what
+
+
+@pytest.mark.parametrize("what", [CancelFitException, KeyboardInterrupt])
+@pytest.mark.parametrize(("event", "order"), [("before_batch", 0), ("after_batch", 99)])
+@pytest.mark.parametrize("held", [False, True], ids=["cbs of the fit", "cbs of the learner"])
+def test_whatever_ends_a_fit_the_random_numbers_after_it_are_not_those_of_the_views(what, event, order, held):
+    after = []
+    for seed in (1, 2):
+        learn = Learner(loaders(), Net(), loss_func=CrossEntropyLossFlat())
+        own = [RepeatedViews(2)]
+        set_seed(seed)
+        with learn.no_bar(), learn.no_logging(), suppress(KeyboardInterrupt):
+            learn.add_cbs(own if held else [])
+            learn.fit(1, 0.01, cbs=[Stop(event, order, what), *([] if held else own)])
+        with learn.no_bar(), learn.no_logging():
+            learn.validate()  # puts back what Ctrl-C left in a learner's own callback
+        after.append((random.random(), np.random.rand(), torch.rand(()).item()))
+    assert all(a != b for a, b in zip(*after, strict=True))
+
+
+@pytest.mark.parametrize("what", [None, CancelFitException, KeyboardInterrupt])
+def test_the_loader_has_its_own_random_state_back(what):
+    dls = loaders()
+    dls.train.generator, rng = torch.Generator(), dls.train.rng
+    before, generator = rng.getstate(), dls.train.generator.get_state()
+    with suppress(KeyboardInterrupt):
+        fit(dls, RepeatedViews(1), *([Stop("before_batch", 0, what)] if what else []), epochs=1)
+    assert dls.train.rng is rng
+    assert rng.getstate() == before
+    assert torch.equal(dls.train.generator.get_state(), generator)
 
 
 def test_no_view_is_refused():

@@ -1,6 +1,7 @@
 "Inputs without labels, which the student sees beside the labeled ones."
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from .._tensors import device_of, join, predictions, size_of, tensors
+from .views import OwnDraws, RepeatedViews
 
 __all__ = [
     "UnlabeledInputs",
@@ -21,6 +23,9 @@ __all__ = [
     "placeholder",
     "student_batches",
 ]
+
+
+NO_BATCH = "the unlabeled DataLoader gives no batch: has it fewer items than its batch size, and drop_last?"
 
 
 class UnlabeledInputs:
@@ -39,42 +44,74 @@ class UnlabeledInputs:
         is_loader = isinstance(source, (DataLoader, TorchDataLoader))
         if not is_loader and (isinstance(source, (str, bytes, Mapping)) or not isinstance(source, Sequence)):
             raise TypeError(f"unlabeled must be a DataLoader or a list of items, got a {type(source).__name__}")
-        if not len(source):
-            raise ValueError("unlabeled has no items")
+        if _length(source) == 0:
+            raise ValueError(NO_BATCH if is_loader else "unlabeled has no items")
         self._source, self._is_loader = source, is_loader
         self._loader: Any = None
         self._batches: Iterator[Any] = iter(())
+        self._views: RepeatedViews | None = None  # of the learner
+        self._draws: OwnDraws | None = None  # of this epoch, with them
+        self._epoch = 0
 
     def begin_fit(self, learn: Learner) -> None:
         "With the transforms of the learner's training data, if it was given items."
         self.end_fit()
+        self._views = next((cb for cb in learn.cbs if isinstance(cb, RepeatedViews)), None)
         self._n_inp = getattr(learn.dls, "n_inp", 1)
         self._loader = self._source if self._is_loader else _loader_of_items(self._source, learn.dls)
 
     def draw(self, xb: Sequence[Any]) -> tuple[Any, ...]:
         "Inputs of a batch, on the device of `xb`."
-        batch = next(self._batches, None)
-        if batch is None:
-            self._batches = self._begin()
+        with self._repeating():
             batch = next(self._batches, None)
+            if batch is None:
+                self._batches = self._begin()
+                batch = next(self._batches, None)
         if batch is None:
-            raise ValueError("the unlabeled DataLoader gives no batch: has it fewer items than its batch size?")
+            raise ValueError(NO_BATCH)
         inputs = (batch,) if isinstance(batch, (Tensor, Mapping)) else tuple(batch)[: self._n_inp]
         moved: tuple[Any, ...] = to_device(inputs, device_of(xb))
         return moved
 
     def end_fit(self) -> None:
         "Let the loader's workers go."
-        self._batches = iter(())
+        self._batches, self._draws = iter(()), None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "UnlabeledInputs":
+        "A copy of the callback draws the same inputs in fits of its own."
+        return UnlabeledInputs(self._source)
 
     def __reduce__(self) -> tuple[Any, ...]:
         "A callback that is saved leaves the data out."
         return _none, ()
 
+    @contextmanager
+    def _repeating(self) -> Iterator[None]:
+        "With RepeatedViews each epoch begins anew, and draws from states of its own: those of its seed."
+        if self._views is None:
+            yield
+            return
+        if self._draws is None or self._epoch != self._views.epoch:
+            self._batches, self._epoch = iter(()), self._views.epoch
+            self._draws = OwnDraws(self._loader, self._views.seed_at(self._epoch))
+        self._draws.switch(True)
+        try:
+            yield
+        finally:
+            self._draws.switch(False)
+
     def _begin(self) -> Iterator[Any]:
         world = num_distrib() or 1
         batches = iter(self._loader)
         return islice(batches, rank_distrib(), None, world) if world > 1 and self._is_loader else batches
+
+
+def _length(source: Any) -> int | None:
+    "None for a loader that does not know, as of an IterableDataset."
+    try:
+        return len(source)
+    except TypeError:
+        return None
 
 
 def _none() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._tensors import shape_of
 
-__all__ = ["KEY", "PREDICTIONS", "Packing", "agree"]
+__all__ = ["KEY", "PREDICTIONS", "Packing", "agree", "finite_or_masked"]
 
 KEY, PREDICTIONS = "key of the sample", "final predictions"  # among layers' names: no layer's own
 _TOP, _CLASSES, _REST, _COUNT = (f"{PREDICTIONS}, {part}" for part in ("top", "classes", "rest", "count"))
@@ -87,3 +87,12 @@ def agree(stored: Mapping[str, Tensor], fresh: Mapping[str, Tensor], tolerance: 
         if a.shape != b.shape or (a.numel() and (a - b).abs().max() > tolerance * a.abs().max()):
             return False
     return True
+
+
+def finite_or_masked(records: np.ndarray) -> np.ndarray:
+    "Which of the records (B,) have neither nan nor +inf? -inf is a mask."
+    sound = np.ones(len(records), bool)
+    for name in records.dtype.names or ():
+        if records[name].dtype.kind == "f":
+            sound &= (records[name] < np.inf).all(tuple(range(1, records[name].ndim)))
+    return sound

@@ -104,19 +104,38 @@ class Store:
     index: dict[Key, tuple[Any, int]] = field(default_factory=dict)  # shard, and number in it
     shards: set[Any] = field(default_factory=set)
     pending: list[MemoryShard] = field(default_factory=list)  # of this epoch, not yet known to be of these weights
+    fields: tuple[str, ...] | None = None  # of a record, from the first of the teacher's own on
     looked: bool = False  # has the teacher been asked again in this fit?
     off: bool = False  # until the next fit
 
     def add(self, shard: MemoryShard | Shard) -> None:
-        "Index its records."
-        self.shards.add(shard)
-        self.index |= {key: (shard, number) for number, key in enumerate(shard.keys())}
+        "Index its records, if they have the fields of the others."
+        if self.fields in (None, shard.dtype.names):
+            self.shards.add(shard)
+            self.index |= {key: (shard, number) for number, key in enumerate(shard.keys())}
+
+    def keep(self, fields: tuple[str, ...] | None) -> bool:
+        "Drop the shards of other fields than these, which the teacher's own records have. Were there any?"
+        if self.fields == fields:
+            return False
+        self.fields, others = fields, {shard for shard in self.shards if shard.dtype.names != fields}
+        self.drop(others)
+        return bool(others)
 
     def drop(self, gone: set[Any]) -> None:
         "Forget these shards."
         self.shards -= gone
         self.pending = [shard for shard in self.pending if shard not in gone]
         self.index = {key: place for key, place in self.index.items() if place[0] not in gone}
+
+    def drop_training(self) -> None:
+        "Forget the shards of training, and delete their files."
+        gone = {shard for shard in self.shards if shard.training}
+        self.drop(gone)
+        for shard in gone:
+            if isinstance(shard, Shard):
+                with contextlib.suppress(OSError):
+                    shard.path.unlink(missing_ok=True)
 
     def read(self, keys: Sequence[Key]) -> np.ndarray | None:
         "The records, if all are there."

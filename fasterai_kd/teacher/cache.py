@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import warnings
 import weakref
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._fingerprint import content_keys
-from ._packing import Packing, agree
+from ._packing import Packing, agree, finite_or_masked
 from ._shards import Key, MemoryShard, Shard, Store, bytes_in, find_shards, write_shard
 
 __all__ = ["TeacherCache"]
@@ -25,6 +24,8 @@ OVERHEAD = 300  # bytes in memory of a key and what belongs to it
 TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2  # of the largest value: a batch of other samples rounds otherwise
 
 Outputs = dict[str, Tensor]
+SMALL = "which is too small: give it a larger size"
+NAN = "which does not store the nan and inf that the teacher gives"
 AUGMENTED = """since random augmentation or mixing changes them each time: give `fit` the callback RepeatedViews(2), \
 or use deterministic transforms"""
 
@@ -37,6 +38,8 @@ class TeacherCache:
     key. What no key can see, such as an attribute or a hook of the model, is found by looking: on the first batch that
     could be served in a fit the teacher runs too, and where its outputs differ by more than rounding (1/1000 of the
     largest value, 1/50 in half precision), what was stored is left aside with a warning.
+
+    Rows with nan or +inf are not stored.
 
     In a folder, records are written 64 MiB at a time and when an epoch ends, to files that never change; all processes
     read each other's. Delete the folder to remove the cache.
@@ -66,7 +69,6 @@ class TeacherCache:
         self._packing = Packing(dtype is not None, top_k)
         self._stores: dict[str, Store] = {}
         self._warned: set[str] = set()
-        self._training, self._seen, self._found = False, 0, 0
         self._waiting = self._in_folder = self._in_memory = 0  # bytes
         self._owner: weakref.ref[torch.nn.Module] | None = None
         self.begin_fit()
@@ -104,7 +106,8 @@ class TeacherCache:
     def begin_fit(self, views: int = 1) -> None:
         "The data may be others now, the disk have room, the teacher other attributes: try again, and look again."
         self._views, self._epochs = views, 0
-        self._off = self._augmented = self._full = False
+        self._training, self._seen, self._found = False, 0, 0
+        self._off = self._augmented = self._full = self._left_out = False
         self._limit = int(min(self.size * 2**30, 2**62))
         self._before = 0  # samples in the last epoch of training
         for store in self._stores.values():
@@ -189,7 +192,11 @@ class TeacherCache:
         store.looked, chance = True, torch.get_rng_state()
         outputs = run()
         drawn, cpu = not torch.equal(chance, torch.get_rng_state()), torch.device("cpu")
-        stored, fresh = (self._packing.unpack(r, cpu) for r in (records, self._packing.pack(keys, outputs)))
+        new = self._packing.pack(keys, outputs)
+        if store.keep(new.dtype.names):  # else a file with other fields was of this name
+            store.looked = False
+            return outputs
+        stored, fresh = (self._packing.unpack(r, cpu) for r in (records, new))
         if drawn or not agree(stored, fresh, tolerance):
             store.off = True
             if self.path is None:
@@ -203,7 +210,10 @@ class TeacherCache:
         return outputs
 
     def _add(self, store: Store, keys: Sequence[Key], records: np.ndarray) -> None:
-        new = sorted({key: i for i, key in enumerate(keys) if key not in store.index}.values())
+        store.keep(records.dtype.names)
+        sound = finite_or_masked(records)  # else one fault of the teacher would be kept for good
+        self._left_out |= not sound.all()
+        new = sorted({key: i for i, key in enumerate(keys) if sound[i] and key not in store.index}.values())
         room = self._limit - self.used
         n = max(0, min(len(new), room // (records.itemsize + OVERHEAD)))
         if n < len(new) and not self._full:
@@ -241,28 +251,20 @@ class TeacherCache:
             self._warn("broken", f"nothing more is stored in the teacher's cache: {e}")
         self._in_folder = bytes_in(folder)
 
-    def _drop_training(self) -> None:
-        for store in self._stores.values():
-            gone = {shard for shard in store.shards if shard.training}
-            store.drop(gone)
-            for shard in gone:
-                if isinstance(shard, Shard):
-                    with contextlib.suppress(OSError):
-                        shard.path.unlink(missing_ok=True)
-        self._count_memory()
-
     def _end_training(self) -> None:
         self._epochs += 1  # of training
         repeats = self._epochs > self._views  # each image has so many views
         had_chance = repeats and self._before >= self._seen / 2  # a schedule may rest in part of an epoch
         if had_chance and self._found < 0.05 * self._seen and not self._augmented:
             self._augmented = True
-            self._drop_training()
+            for store in self._stores.values():
+                store.drop_training()
+            self._count_memory()
             if self._limit:  # else the reason was given
                 self._warn(
                     "augmented",
                     f"in this epoch {self._found} of {self._seen} samples were found in the teacher's cache, "
-                    + ("which is too small: give it a larger size" if self._full else AUGMENTED)
+                    + (SMALL if self._full else NAN if self._left_out else AUGMENTED)
                     + ". The cache is now off in training and stays on in validation",
                 )
         self._before, self._seen, self._found = self._seen, 0, 0

@@ -1,35 +1,16 @@
-"What the teacher was trained on, held against the student's data: normalization, image size, words, tables, classes."
+"What the teacher was trained on, held against the student's data: normalization, image size, words, tables."
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from fastai.torch_core import rank_distrib
 from torch import nn
 
 from .._modules import unwrap
 from .inputs import image_size, normalization, renormalize
+from .vocab import Vocabularies, difference_of, say, vocabularies
 
-__all__ = [
-    "Vocabularies",
-    "class_columns",
-    "compare_inputs",
-    "compare_other_targets",
-    "names_of_classes",
-    "vocabularies",
-]
-
-
-class Vocabularies(NamedTuple):
-    "What the numbers in a batch mean, for each input and each target; None for what is no list of names."
-
-    inputs: list[list[Any] | None]  # of texts the words
-    targets: list[list[Any] | None]  # the classes
-
-    @property
-    def classes(self) -> list[Any] | None:
-        "Of the predictions, which are for the first target."
-        return self.targets[0] if self.targets else None
+__all__ = ["compare_inputs"]
 
 
 def compare_inputs(
@@ -50,62 +31,10 @@ def compare_inputs(
     return _renormalized(normalization(own), normalization(theirs))
 
 
-def vocabularies(dls: Any) -> Vocabularies:
-    "fastai's `Datasets` have one for each input and target; any other data have that of the classes."
-    given = _names(getattr(dls, "__dict__", {}).get("vocab"))  # by the user, `dls.vocab = [...]`
-    parts = getattr(dls, "tls", None)
-    if given is None and parts is not None:
-        names = [_names(getattr(part, "vocab", None)) for part in parts]
-        return Vocabularies(names[: dls.n_inp], names[dls.n_inp :])
-    names = [_names(getattr(dls, "vocab", None)) if given is None else given]
-    is_text = hasattr(dls, "seq_len")  # of a language model, whose targets are words too
-    return Vocabularies(names, []) if is_text else Vocabularies([], names)
-
-
-def names_of_classes(own: list[Any] | None, model: nn.Module) -> tuple[list[Any] | None, bool]:
-    "As the teacher numbers them, and whether they are of its data: a transformers model has made-up ones too."
-    if own is not None:
-        return own, True
-    labels = getattr(getattr(unwrap(model), "config", None), "id2label", None)
-    return ([labels[i] for i in sorted(labels)] if isinstance(labels, Mapping) else None), False
-
-
-def class_columns(
-    theirs: Sequence[Any],  # classes of the teacher
-    own: Sequence[Any],  # of the student
-    sure: bool,  # do both mean the same by a name?
-) -> list[int] | None:
-    "Which of the teacher's predictions the student's classes are; ValueError for a class that the teacher lacks."
-    if list(theirs) == list(own):
-        return None
-    missing = [name for name in own if name not in theirs]
-    if missing and not sure:
-        return None
-    if missing:
-        raise ValueError(
-            f"the teacher does not know the student's class {missing[0]!r}; its classes are {_some(theirs)}. If they "
-            "are the same under other names, and in the same order, give teacher.model in place of the Learner"
-        )
-    columns = [list(theirs).index(name) for name in own]
-    _say(f"the teacher's predictions are picked by the names of the classes: columns {_some(columns)} of {len(theirs)}")
-    return columns
-
-
-def compare_other_targets(theirs: Vocabularies, own: Vocabularies) -> None:
-    "A warning where the classes of a second target differ, whose predictions are not picked."
-    for i, (a, b) in enumerate(zip(theirs.targets[1:], own.targets[1:], strict=False), 2):
-        if a is not None and b is not None and (difference := _difference(a, b)):
-            warnings.warn(
-                f"teacher and student have different classes for target {i}: {difference}. Only the predictions for "
-                "the first target are picked by name: make the student's dataloaders with the teacher's vocab",
-                stacklevel=2,
-            )
-
-
 def _compare_words(theirs: Vocabularies, own: Vocabularies) -> None:
     "Of texts: a warning where the same number means another word."
     for a, b in zip(theirs.inputs, own.inputs, strict=False):
-        if a is not None and b is not None and (difference := _difference(a, b)):
+        if a is not None and b is not None and (difference := difference_of(a, b)):
             warnings.warn(
                 f"teacher and student have different vocabularies: {difference}. The teacher reads other words than "
                 "the student: make the student's dataloaders with the teacher's words",
@@ -132,7 +61,7 @@ def _table_difference(theirs: Any, own: Any) -> str | None:
             return f"{kind} are {a} for the teacher and {b} for the student"
     for name in own.cat_names:
         codes = (list(_procs(dls, "classes").get(name, ())) for dls in (theirs, own))
-        if difference := _difference(*codes):
+        if difference := difference_of(*codes):
             return f"of the categories of {name!r}, {difference}"
     for name in own.cont_names:
         (mean, std), (own_mean, own_std) = _column_stats(theirs, name), _column_stats(own, name)
@@ -173,16 +102,6 @@ def _warn_of_unknown(theirs: Any) -> None:
         )
 
 
-def _difference(theirs: Sequence[Any], own: Sequence[Any]) -> str | None:
-    "The first number that means something else; the teacher may know more."
-    for i, name in enumerate(own):
-        if i >= len(theirs):
-            return f"entry {i} is {name!r} for the student, the teacher has {len(theirs)}"
-        if theirs[i] != name:
-            return f"entry {i} is {theirs[i]!r} for the teacher and {name!r} for the student"
-    return None
-
-
 def _renormalized(own: Any, theirs: Any) -> Callable[..., Any] | None:
     if own == theirs or (own and theirs and _close(own, theirs)):
         return None
@@ -196,7 +115,7 @@ def _renormalized(own: Any, theirs: Any) -> Callable[..., Any] | None:
             stacklevel=2,
         )
         return None
-    _say(f"the teacher's inputs are renormalized: {_stats(own)} become {_stats(theirs)}")
+    say(f"the teacher's inputs are renormalized: {_stats(own)} become {_stats(theirs)}")
     return renormalize(own, theirs)
 
 
@@ -215,27 +134,9 @@ def _compare_config(model: nn.Module, own: Any) -> None:
         )
 
 
-def _names(vocab: Any) -> list[Any] | None:
-    "As they are numbered; None for what is no list of names."
-    if vocab is None or isinstance(vocab, (str, Mapping)) or not isinstance(vocab, Iterable):
-        return None
-    names = list(vocab)
-    is_nested = bool(names) and all(isinstance(v, Iterable) and not isinstance(v, str) for v in names)
-    return None if is_nested else names
-
-
 def _close(a: Any, b: Any) -> bool:
     pairs = [(x, y) for xs, ys in zip(a, b, strict=True) for x, y in zip(xs, ys, strict=False)]
     return len(a[0]) == len(b[0]) and all(abs(x - y) < 1e-3 for x, y in pairs)
-
-
-def _say(text: str) -> None:
-    if rank_distrib() == 0:
-        print(text)
-
-
-def _some(items: Sequence[Any]) -> str:
-    return ", ".join(map(str, items[:10])) + (", ..." if len(items) > 10 else "")
 
 
 def _stats(stats: Any) -> str:

@@ -24,10 +24,10 @@ class Ensemble(Teacher, of_lists=True):
     def members(self) -> list[Teacher]:
         return [member for teacher in self._members for member in teacher.members]
 
-    def begin_fit(self, student: nn.Module, views: int = 1) -> None:
-        super().begin_fit(student, views)
+    def begin_fit(self, student: nn.Module, views: int = 1, trial: bool = False) -> None:
+        super().begin_fit(student, views, trial)
         for teacher in self._members:
-            teacher.begin_fit(student, views)
+            teacher.begin_fit(student, views, trial)
 
     def meet_data(self, dls: Any, compares_classes: bool) -> None:
         for teacher in self._members:

@@ -92,6 +92,13 @@ def autocast(dtype: torch.dtype | None, inputs: Sequence[Any]) -> Any:
     return torch.autocast(device.type, dtype if dtype in HALF else None, enabled=dtype in HALF)
 
 
+def autocast_dtype(inputs: Sequence[Any]) -> torch.dtype | None:
+    "The dtype of the student's autocast, if it is on."
+    device = device_of(inputs)
+    kind = device.type if device is not None else "cpu"
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def normalization(dls: Any) -> tuple[list[float], list[float]] | None:
     "Mean and standard deviation of the channels with which fastai's dataloaders normalize; None where they do not."
     for tfm in getattr(getattr(dls, "after_batch", None), "fs", ()):

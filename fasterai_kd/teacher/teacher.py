@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from .._modules import evaluating, is_output, keeps_state
-from .._tensors import device_of, pixels, plain, predictions, size_of
+from .._tensors import pixels, plain, predictions, size_of
 from ..features.hooks import FeatureHooks
 from ._fingerprint import fingerprint
 from ._packing import PREDICTIONS
 from .cache import TeacherCache
-from .contract import class_columns, compare_inputs, compare_other_targets, names_of_classes, vocabularies
-from .inputs import HALF, InputTransform, autocast, prepared
+from .contract import compare_inputs
+from .inputs import HALF, InputTransform, autocast, autocast_dtype, prepared
 from .output import TeacherOutput, warn_of_probabilities
 from .source import as_cache, load_source, naming_the_teacher
+from .vocab import student_columns
 
 __all__ = ["Teacher"]
 
@@ -29,6 +30,7 @@ class Teacher:
     Give it to `KnowledgeDistillationCallback` in the place of a model, to set an option; share it between callbacks to
     share its cache. By hand: `Teacher(model).forward((x,), ["layer4"])` gives `.pred` and `.features`. Parameters,
     BatchNorm statistics, gradients and train flags of the model are never changed; it moves to the batch's device.
+    With a cache, the weights are looked at once an epoch in a fit, and at each call by hand.
 
     The path of an exported Learner is read with pickle, which runs code: load only files that you trust.
 
@@ -46,11 +48,11 @@ class Teacher:
     model: Any = None
     dls: Any = None  # its data, if it came with some
     method: Callable[..., Any] | None = None  # of the model, in the place of its forward
-    tfm: Any = None
     dtype: torch.dtype | None = None
     cache: TeacherCache | None = None
     _columns: list[int] | None
     _checked = False  # has a batch shown what the predictions are?
+    _tfm: Any = None
     _inputs = InputTransform(None)
     _of_lists: type[Teacher]
 
@@ -72,7 +74,7 @@ class Teacher:
     ):
         if dtype not in (None, torch.float32, *HALF):
             raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
-        self.tfm, self.dtype, self._inputs = tfm, dtype, InputTransform(tfm)
+        self.tfm, self.dtype = tfm, dtype
         self._init_state()
         self._take(source)
         self.cache = as_cache(cache, self.members[0].model)
@@ -106,6 +108,15 @@ class Teacher:
         "The student's inputs as the teacher gets them, by `tfm`."
         return self._inputs.apply(xb)
 
+    @property
+    def tfm(self) -> Any:
+        "What makes the teacher's inputs from the student's, as given; None: nothing, or what `meet_data` finds."
+        return self._tfm
+
+    @tfm.setter
+    def tfm(self, tfm: Any) -> None:
+        self._tfm, self._inputs = tfm, InputTransform(tfm)
+
     def predict(self, *inputs: Any) -> Any:
         "The model's output for prepared inputs."
         return (self.model if self.method is None else self.method)(*inputs)
@@ -116,6 +127,7 @@ class Teacher:
         self,
         student: nn.Module,
         views: int = 1,  # of each image, after which augmentation repeats itself
+        trial: bool = False,  # `lr_find`, after which all is as before
     ) -> None:
         "Raise if teacher and student are one model, or train the same parameters."
         own = {id(m) for m in self.model.modules()} | {id(p) for p in self.model.parameters() if p.requires_grad}
@@ -124,7 +136,7 @@ class Teacher:
         shared = next((name for name, p in student.named_parameters() if p.requires_grad and id(p) in own), None)
         if shared is not None:
             raise ValueError(f"teacher and student share the trainable parameter {shared!r}: give the student a copy")
-        self._looked = self._checked = False
+        self._looked, self._checked, self._fits = False, False, True
         if self.cache is not None:
             self.cache.begin_fit(views)
 
@@ -136,18 +148,14 @@ class Teacher:
         "The student's inputs and classes become the teacher's where their data tell how; a given `tfm` is left alone."
         if self.tfm is None:
             self._inputs = InputTransform(compare_inputs(self.model, self.dls, dls))
-        theirs, own = vocabularies(self.dls), vocabularies(dls)
-        names, sure = names_of_classes(theirs.classes, self.model)
-        compare = compares_classes and names is not None and own.classes is not None
-        self._columns = class_columns(names or [], own.classes or [], sure) if compare else None
-        if compares_classes:
-            compare_other_targets(theirs, own)
+        self._columns = student_columns(self.dls, self.model, dls) if compares_classes else None
 
     def begin_epoch(self, training: bool) -> None:
         "A recurrent model forgets its state, as fastai resets the student's; are the weights still the same?"
         reset = getattr(self.model, "reset", None)
         if callable(reset):
             reset()
+        self._fits = True  # `get_preds` in a fit has an end of its own
         if self.cache is not None:
             if training and self._looked:
                 self._look_at_weights()
@@ -157,6 +165,7 @@ class Teacher:
         "Write what is to be stored."
         if self.cache is not None and self._looked:
             self._look_at_weights()
+        self._fits = False
 
     def follow(self, student: nn.Module, anew: bool) -> None:
         "Before a batch, with `anew` the first of a fit: a teacher that is made of the student learns whom to follow."
@@ -193,7 +202,7 @@ class Teacher:
 
     def _init_state(self) -> None:
         self._hooks: dict[tuple[str, ...], FeatureHooks] = {}
-        self._fingerprint, self._looked, self._is_half = "", False, False
+        self._fingerprint, self._looked, self._fits, self._is_half = "", False, False, False
         self._columns = None  # of the predictions, for the student's classes
         self._checked = False
 
@@ -238,24 +247,18 @@ class Teacher:
                 )
             return {PREDICTIONS: plain(predictions(output)), **features}
 
-        if not self._looked:
+        if not self._looked or not self._fits:
             self._look_at_weights(fitting=False)
-        dtypes = self._autocasts(xb)
-        method = getattr(self.method, "__name__", "")
+        kinds = [(type(t).__module__, type(t).__qualname__, t.dtype) for t in (self, *self.members)]
+        dtypes = [dtype for _, _, dtype in kinds] + [autocast_dtype(xb)]
         alone = size_of(xb) == 1  # a product with one row rounds otherwise than with several
-        how = (self._fingerprint, method, tuple(layers), class_dim, reads_predictions, as_returned, dtypes, alone)
+        method = getattr(self.method, "__name__", "")
+        how = self._fingerprint, kinds, method, [*layers], class_dim, reads_predictions, as_returned, dtypes[-1], alone
         half = self._is_half or any(dtype in HALF for dtype in dtypes)
         outputs = cache.fetch(xb, run, str(how), half)
         if cache.is_due:
             self._look_at_weights()
         return outputs.pop(PREDICTIONS, None), outputs
-
-    def _autocasts(self, xb: Sequence[Any]) -> list[torch.dtype | None]:
-        "The dtypes of the own and the student's."
-        device = device_of(xb)
-        kind = device.type if device is not None else "cpu"
-        students = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return [*(teacher.dtype for teacher in (self, *self.members)), students]
 
     def _look_at_weights(self, fitting: bool = True) -> None:
         "Are they those of the last look? Only then was what is pending stored under the right name."
