@@ -9,7 +9,7 @@ import torch
 from fastai.learner import Learner
 from torch import Tensor, nn
 
-from ._class_axis import class_dim, classes_first, has_independent_classes
+from ._class_axis import class_dim, classes_first
 from ._modules import keeps_state, unwrap
 from ._tensors import DeferredBool, pixels, plain, predictions, size_of, take_first, tensors
 from .data.unlabeled import (
@@ -27,7 +27,6 @@ from .features.hooks import warn_if_fixed
 from .features.layout import Aligner, Layouts
 from .features.student import StudentForward
 from .history import LossHistory, check_metrics
-from .losses._traits import name_of
 from .losses.evaluate import LossEvaluator, mix_of
 from .teacher.output import TeacherOutput
 from .teacher.teacher import Teacher
@@ -76,18 +75,13 @@ class Distiller:
         if self.teacher is None:
             return
         student = unwrap(learn.model)
-        self.teacher.begin_fit(student, next((cb.k for cb in learn.cbs if isinstance(cb, RepeatedViews)), 1))
+        views = next((cb.k for cb in learn.cbs if isinstance(cb, RepeatedViews)), 1)
+        self.teacher.begin_fit(student, views, trial)
         self.teacher.find_layers(self.evaluator.teacher, student)
         self._student.hooks.layers(learn.model)
         self.teacher.meet_data(learn.dls, self.evaluator.names("teacher_pred") or bool(self._history.compares))
         self.evaluator.to_device_of(student)
-        names = self.evaluator.softmax_names()
-        if names and has_independent_classes(learn.loss_func):
-            warnings.warn(
-                f"the task loss {name_of(learn.loss_func)} is of independent classes, of which several or none may be "
-                f"true, but {', '.join(names)} compares one distribution over all classes: use MultiLabel",
-                stacklevel=2,
-            )
+        self.evaluator.warn_of_independent_classes(learn.loss_func)
 
     def start(
         self,

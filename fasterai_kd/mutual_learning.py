@@ -79,6 +79,7 @@ class MutualLearning(Callback):
     def before_fit(self) -> None:
         "Check what can be checked, and make the peers ready."
         self._evaluator, self._outputs = LossEvaluator(self.loss, [], []), []
+        self._evaluator.warn_of_independent_classes(self.learn.loss_func)
         if hasattr(self.learn, "lr_finder"):
             return
         models = [unwrap(m) for m in (self.learn.model, *(p.model for p in self.peers))]
@@ -111,13 +112,10 @@ class MutualLearning(Callback):
 
     def after_loss(self) -> None:
         "Add what the others say to the student's loss; the peers make their steps."
-        if (
-            not self.peers
-            or not len(self.yb)
-            or hasattr(self.learn, "lr_finder")
-            or hasattr(self.learn, "gather_preds")
-        ):
+        if not self.peers or hasattr(self.learn, "lr_finder") or hasattr(self.learn, "gather_preds"):
             return
+        if not len(self.yb):
+            raise ValueError("mutual learning needs labels: without them all students would agree on anything")
         if self.training:
             self._learn_together()
         elif self._shows:

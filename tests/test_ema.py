@@ -348,6 +348,16 @@ def test_a_trial_leaves_the_average_as_it_was(make_learner):
         assert same(before, state(model))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_after_lr_find_the_average_from_before_it_is_there_again(make_learner):
+    kd = KnowledgeDistillationCallback(EMATeacher(0.9), SoftTarget)
+    learn = make_learner(cbs=kd)
+    learn.fit(1, 0.1)
+    before = state(kd.teacher)
+    learn.lr_find(num_it=6, show_plot=False)
+    assert same(before, state(kd.teacher))
+
+
 def test_a_fresh_text_classifier_can_be_followed():
     rnn = get_text_classifier(AWD_LSTM, 20, 2, config={**awd_lstm_clas_config, "emb_sz": 6, "n_hid": 8, "n_layers": 2})
     items = [(torch.arange(2, 9), torch.tensor(i % 2)) for i in range(8)]

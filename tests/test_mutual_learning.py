@@ -369,3 +369,20 @@ def test_what_is_kept_of_a_batch_has_no_graph_and_weight_decay_is_the_peers(make
     assert graphs
     assert not any(graphs)
     assert peer.opt.hypers[-1]["wd"] == 0.3
+
+
+def test_independent_classes_are_pointed_out(make_learner, make_peer):
+    learn = make_learner(loss_func=partial(F.binary_cross_entropy_with_logits))
+    with (
+        pytest.warns(UserWarning, match="is of independent classes.*but Mutual compares"),
+        pytest.raises(ValueError, match="size"),
+    ):
+        learn.fit(1, cbs=MutualLearning(make_peer()))  # labels are class indices here
+
+
+def test_without_labels_it_is_an_error(make_learner, make_peer):
+    learn = make_learner()
+    with pytest.raises(ValueError, match="mutual learning needs labels"):
+        learn.fit(
+            1, cbs=[MutualLearning(make_peer()), Callback(before_batch=lambda self: setattr(self.learn, "yb", ()))]
+        )

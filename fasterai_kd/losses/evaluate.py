@@ -12,10 +12,10 @@ from fastai.learner import Learner
 from fastcore.basics import detuplify
 from torch import Tensor, nn
 
-from .._class_axis import as_rows, classes_first
+from .._class_axis import as_rows, classes_first, has_independent_classes
 from .._tensors import map_tensors, plain, predictions, shape_of
 from ..schedule import check_schedule
-from ._traits import function_of, ignores_labels, is_own, parameters_of, trait
+from ._traits import function_of, ignores_labels, is_own, name_of, parameters_of, trait
 from .combine import CombinedLoss, Part, SelectedLoss, parts_of
 
 __all__ = ["LossEvaluator", "mix_of"]
@@ -87,9 +87,18 @@ class LossEvaluator:
         "Has a part this output in its signature?"
         return any(output in params for params in self._params.values())
 
-    def softmax_names(self) -> list[str]:
-        "Of the parts that compare one distribution over the classes."
-        return [p.name for p in self.parts if trait(p.loss, "over_classes")]
+    def warn_of_independent_classes(
+        self,
+        loss_func: Any,  # the task loss
+    ) -> None:
+        "Where a part compares one distribution over all classes."
+        names = [p.name for p in self.parts if trait(p.loss, "over_classes")]
+        if names and has_independent_classes(loss_func):
+            warnings.warn(
+                f"the task loss {name_of(loss_func)} is of independent classes, of which several or none may be "
+                f"true, but {', '.join(names)} compares one distribution over all classes: use MultiLabel",
+                stacklevel=2,
+            )
 
     def reads_whole_outputs(
         self,
