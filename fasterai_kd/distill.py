@@ -22,6 +22,7 @@ from .losses._stages import find_stages, pooled_layer
 from .losses._traits import name_of, parameters_of
 from .losses.combine import parts_of
 from .losses.matching import LayerPairs, pair_stages
+from .teacher.contract import names_of_classes
 from .teacher.teacher import Teacher, as_teacher
 
 __all__ = ["distill"]
@@ -93,6 +94,7 @@ def _choose(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], y: Any) -> Ch
         pred = predictions(learn.model(*xb), "the student")
     y = index_labels(y, pred)
     dim = class_dim(pred, y, learn.loss_func)
+    _meet_data(teacher, learn.dls)
     out = teacher.forward(xb, class_dim=dim)
     comparable = pred.shape == out.pred.shape
     if (y is None or not comparable) and _is_encoder(teacher, out.output, xb):
@@ -110,12 +112,23 @@ def _choose(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], y: Any) -> Ch
     return Logits, {}, f"both predict the same numbers, {shape_of(pred)}"
 
 
+def _meet_data(teacher: Teacher, dls: Any) -> None:
+    "The columns of its predictions are those of the student's classes, unless it does not know these."
+    try:
+        teacher.meet_data(dls, True)
+    except ValueError:
+        teacher.meet_data(dls, False)
+
+
 def _is_encoder(teacher: Teacher, output: Any, xb: tuple[Any, ...]) -> bool:
     "Does it give embeddings and no predictions?"
-    if len(teacher.members) > 1:
+    if teacher.members != [teacher]:
         return False
     if isinstance(output, Mapping):
         return not any(key in output for key in PREDICTION_KEYS)
+    names, _ = names_of_classes(getattr(teacher.dls, "vocab", None))
+    if names and len(names) in predictions(output).shape[1:]:
+        return False
     return teacher.method is not None or not find_stages(teacher.model, tuple(teacher.inputs(xb))).has_head
 
 
@@ -163,4 +176,6 @@ def _pairs(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], shapes: str) -
 
 def _match(learn: Learner, teacher: Teacher, xb: tuple[Any, ...]) -> LayerPairs:
     "Each model on its own inputs."
+    if teacher.members != [teacher]:
+        raise ValueError("an ensemble has no common layers to compare: give one teacher, or a loss on predictions")
     return pair_stages(find_stages(learn.model, xb), find_stages(teacher.model, tuple(teacher.inputs(xb))))

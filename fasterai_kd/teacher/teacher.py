@@ -15,7 +15,7 @@ from ..features.hooks import FeatureHooks
 from ._fingerprint import fingerprint
 from ._packing import PREDICTIONS
 from .cache import TeacherCache
-from .contract import class_columns, compare_inputs, compare_words, names_of_classes
+from .contract import Notices, class_columns, compare_inputs, compare_words, names_of_classes
 from .inputs import HALF, InputTransform, autocast, prepared
 from .output import TeacherOutput, warn_of_probabilities
 from .source import as_cache, load_source, naming_the_teacher
@@ -135,12 +135,12 @@ class Teacher:
     ) -> None:
         "The student's inputs and classes become the teacher's where their data tell how; a given `tfm` is left alone."
         if self.tfm is None:
-            self._inputs = InputTransform(compare_inputs(self.model, self.dls, dls))
+            self._inputs = InputTransform(compare_inputs(self.model, self.dls, dls, self._notices))
         theirs, own = getattr(self.dls, "vocab", None), getattr(dls, "vocab", None)
-        compare_words(theirs, own)
+        compare_words(theirs, own, self._notices)
         (names, sure), (students, _) = names_of_classes(theirs, self.model), names_of_classes(own)
         compare = compares_classes and names is not None and students is not None
-        self._columns = class_columns(names or [], students or [], sure) if compare else None
+        self._columns = class_columns(names or [], students or [], sure, self._notices) if compare else None
 
     def begin_epoch(self, training: bool) -> None:
         "A recurrent model forgets its state, as fastai resets the student's; are the weights still the same?"
@@ -194,6 +194,7 @@ class Teacher:
         self._hooks: dict[tuple[str, ...], FeatureHooks] = {}
         self._fingerprint, self._looked, self._is_half = "", False, False
         self._columns = None  # of the predictions, for the student's classes
+        self._notices = Notices()
         self._checked = False
 
     def _take(self, source: Any) -> None:
@@ -265,7 +266,9 @@ class Teacher:
 
 
 def as_teacher(source: Any) -> Teacher:
-    "A `Teacher` as it is, or one of a model, a Learner, a path or a list."
+    "A `Teacher` as it is, or one of a model, a Learner, a path or a list; a list of one is that one."
+    if isinstance(source, (list, tuple)) and len(source) == 1:
+        return as_teacher(source[0])
     return source if isinstance(source, Teacher) else Teacher(source)
 
 
