@@ -45,13 +45,15 @@ def distill(
 ) -> KnowledgeDistillationCallback:
     """Trains the student with a teacher: picks the loss, its layers and its weight, and prints which and why.
 
-    `SoftTarget` where student and teacher predict the same classes, `MultiLabel` where these are independent, `Logits`
-    where both predict the same numbers, `Cosine` on embeddings where the teacher is an encoder without a head,
-    `Attention` on the pairs of `match_feature_layers` where only features can be compared. The progress table shows
-    task and distillation loss beside the metrics.
+    `SoftTarget` where student and teacher predict the same classes, those of a teacher's Learner by name, `MultiLabel`
+    where these are independent, `Logits` where both predict the same numbers, `Cosine` on embeddings where the teacher
+    is an encoder without a head, `Attention` on the pairs of `match_feature_layers` where only features can be
+    compared. The progress table shows task and distillation loss beside the metrics.
+
+    An encoder is a teacher whose `num_classes` is 0; if it says nothing, one whose last layer is not linear.
 
     Returns the callback, with its `history`. Raises TypeError for unknown arguments, ValueError where nothing can be
-    compared, and for a Learner that has a distillation callback already.
+    compared, such as the features of an ensemble, and for a Learner that has a distillation callback already.
     """
     if any(isinstance(cb, KnowledgeDistillationCallback) for cb in self.cbs):
         raise ValueError(
@@ -169,8 +171,7 @@ def _pairs(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], shapes: str) -
         return _match(learn, teacher, xb)
     except ValueError as e:
         raise ValueError(
-            f"there is nothing to compare: the predictions of student and teacher are {shapes}, and {e}. "
-            "Give KnowledgeDistillationCallback a loss and layers"
+            f"there is nothing to compare: the predictions of student and teacher are {shapes}, and {e}"
         ) from None
 
 
