@@ -14,6 +14,7 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.torch_core import params
 from torch import nn
+from torchvision import models
 
 from fasterai_kd import *
 from fasterai_kd.losses._traits import name_of
@@ -301,13 +302,25 @@ def test_a_model_or_its_data_tell_whether_it_is_an_encoder(make_learner, make, l
     assert make_learner(Net()).distill(make(), 1).loss is loss
 
 
-def test_the_last_stage_learns_the_embedding_although_it_has_one_pixel(make_learner):
-    models = pytest.importorskip("torchvision.models")
-    student = models.resnet18(num_classes=CLASSES)
+def swin():
+    return models.SwinTransformer([4, 4], 8, [1, 1, 1], [2, 2, 2], [2, 2], num_classes=CLASSES)
+
+
+def test_the_logits_of_a_convolution_are_not_the_students_embedding(make_learner):
+    kd = make_learner(saying(ConvHead(CLASSES), CLASSES)).distill(encoder(), 1)
+    assert kd.activations_student == ["layer2"]
+
+
+@pytest.mark.parametrize(
+    ("make", "layer"), [(partial(models.resnet18, num_classes=CLASSES), "layer4"), (swin, "features.5")]
+)
+def test_the_last_stage_learns_the_embedding_although_it_has_one_pixel(make_learner, make, layer):
+    student = make()
     before = state(student)
-    kd = make_learner(student).distill(encoder(), 1, weight=1.0)
-    assert kd.activations_student == ["layer4"]
-    assert not torch.equal(before["layer4.1.conv2.weight"], student.layer4[1].conv2.weight)
+    kd = make_learner(student).distill(encoder(), 1, 1e-2, weight=1.0)
+    assert kd.activations_student == [layer]
+    learned = [name for name, x in student.named_parameters() if not torch.equal(x, before[name])]
+    assert any(name.startswith(layer) and name.endswith("weight") for name in learned)
 
 
 def test_a_student_of_vectors_must_be_told_which_layer_learns_the_embedding(make_learner):

@@ -34,6 +34,10 @@ class _Layer:
     def depth(self) -> int:
         return self.name.count(".")
 
+    @property
+    def is_block(self) -> bool:
+        return self.in_list and self.weights > 1 and not self.is_embedding
+
 
 class Stages:
     "The layers by resolution, those of a transformer without the embedding of its patches."
@@ -46,22 +50,23 @@ class Stages:
         takes_patches: bool,  # does the first layer with weights project patches?
     ):
         self.has_head = has_head
-        maps = [x for x in layers if x.is_map and x.weights and not f"{head}.".startswith(f"{x.name}.")]
-        layers = [layer for layer in layers if layer.resolution != (1, 1)]
-        self.shapes = {layer.name: (layer.channels, *layer.resolution) for layer in layers}
-        after_embedding = [layer for layer in layers if not layer.is_embedding]
+        layers = list(layers)
+        self.shapes = {x.name: (x.channels, *x.resolution) for x in layers if x.resolution != (1, 1)}
+        after_embedding = [x for x in layers if x.name in self.shapes and not x.is_embedding]
         self.is_transformer = not all(layer.is_map for layer in _best(after_embedding).values())
         if self.is_transformer:
-            layers = [x for x in after_embedding if x.in_list and x.weights > 1] or after_embedding
+            layers = [x for x in layers if x.is_block] or after_embedding
         else:
             layers = [x for x in layers if x.is_map and (after_embedding or not takes_patches)]
+        before_head = [x.name for x in layers if x.weights and not f"{head}.".startswith(f"{x.name}.")]
+        layers = [x for x in layers if x.name in self.shapes]
         best = _best(layers)
         self.by_resolution = {resolution: layer.name for resolution, layer in best.items()}
         blocks = _largest_group(layers) if self.is_transformer else []
         self.is_isotropic = bool(blocks) and len({x.resolution for x in layers if x.depth == blocks[0].depth}) == 1
         deepest_last = sorted(best, key=lambda r: r[0] * r[1], reverse=True)
         self.in_order = [x.name for x in blocks] if self.is_isotropic else [best[r].name for r in deepest_last]
-        self.last = self.in_order[-1] if self.is_transformer else maps[-1].name if maps else None
+        self.last = next(reversed(self.in_order if self.is_isotropic else before_head), None)  # of one pixel too
 
     def __str__(self) -> str:
         return ", ".join(f"{h}x{w} ({name})" for (h, w), name in self.by_resolution.items()) or "none"
