@@ -8,6 +8,7 @@ from torch import Tensor
 
 __all__ = [
     "DeferredBool",
+    "as_input",
     "by_position",
     "device_of",
     "join",
@@ -118,6 +119,11 @@ def pixels(xb: Any) -> tuple[int, int] | None:
 def device_of(xb: Sequence[Any]) -> torch.device | None:
     "Where the first tensor is."
     return next((x.device for x in tensors(xb)), None)
+
+
+def as_input(x: Tensor, param: Tensor) -> Tensor:
+    "`x` where this parameter of a model is, and in its precision; whole numbers stay so."
+    return x.to(param.device, param.dtype if x.is_floating_point() else None)
 
 
 def map_tensors(f: Callable[[Tensor], Tensor], x: Any) -> Any:

@@ -23,6 +23,7 @@ from .losses._traits import name_of, parameters_of
 from .losses.combine import parts_of
 from .losses.matching import LayerPairs, pair_stages
 from .teacher.teacher import Teacher, as_teacher
+from .teacher.vocab import vocabularies
 
 __all__ = ["distill"]
 
@@ -44,13 +45,15 @@ def distill(
 ) -> KnowledgeDistillationCallback:
     """Trains the student with a teacher: picks the loss, its layers and its weight, and prints which and why.
 
-    `SoftTarget` where student and teacher predict the same classes, `MultiLabel` where these are independent, `Logits`
-    where both predict the same numbers, `Cosine` on embeddings where the teacher is an encoder without a head,
-    `Attention` on the pairs of `match_feature_layers` where only features can be compared. The progress table shows
-    task and distillation loss beside the metrics.
+    `SoftTarget` where student and teacher predict the same classes, those of a teacher's Learner by name, `MultiLabel`
+    where these are independent, `Logits` where both predict the same numbers, `Cosine` on embeddings where the teacher
+    is an encoder without a head, `Attention` on the pairs of `match_feature_layers` where only features can be
+    compared. The progress table shows task and distillation loss beside the metrics.
+
+    An encoder is a teacher whose `num_classes` is 0; if it says nothing, one whose last layer is not linear.
 
     Returns the callback, with its `history`. Raises TypeError for unknown arguments, ValueError where nothing can be
-    compared, and for a Learner that has a distillation callback already.
+    compared, such as the features of an ensemble, and for a Learner that has a distillation callback already.
     """
     if any(isinstance(cb, KnowledgeDistillationCallback) for cb in self.cbs):
         raise ValueError(
@@ -93,6 +96,7 @@ def _choose(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], y: Any) -> Ch
         pred = predictions(learn.model(*xb), "the student")
     y = index_labels(y, pred)
     dim = class_dim(pred, y, learn.loss_func)
+    _meet_data(teacher, learn.dls)
     out = teacher.forward(xb, class_dim=dim)
     comparable = pred.shape == out.pred.shape
     if (y is None or not comparable) and _is_encoder(teacher, out.output, xb):
@@ -110,12 +114,23 @@ def _choose(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], y: Any) -> Ch
     return Logits, {}, f"both predict the same numbers, {shape_of(pred)}"
 
 
+def _meet_data(teacher: Teacher, dls: Any) -> None:
+    "The columns of its predictions are those of the student's classes, unless it does not know these."
+    try:
+        teacher.meet_data(dls, True)
+    except ValueError:
+        teacher.meet_data(dls, False)
+
+
 def _is_encoder(teacher: Teacher, output: Any, xb: tuple[Any, ...]) -> bool:
     "Does it give embeddings and no predictions?"
-    if len(teacher.members) > 1:
+    if teacher.members != [teacher]:
         return False
     if isinstance(output, Mapping):
         return not any(key in output for key in PREDICTION_KEYS)
+    names = vocabularies(teacher.dls).classes
+    if names and len(names) in predictions(output).shape[1:]:
+        return False
     return teacher.method is not None or not find_stages(teacher.model, tuple(teacher.inputs(xb))).has_head
 
 
@@ -156,11 +171,12 @@ def _pairs(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], shapes: str) -
         return _match(learn, teacher, xb)
     except ValueError as e:
         raise ValueError(
-            f"there is nothing to compare: the predictions of student and teacher are {shapes}, and {e}. "
-            "Give KnowledgeDistillationCallback a loss and layers"
+            f"there is nothing to compare: the predictions of student and teacher are {shapes}, and {e}"
         ) from None
 
 
 def _match(learn: Learner, teacher: Teacher, xb: tuple[Any, ...]) -> LayerPairs:
     "Each model on its own inputs."
+    if teacher.members != [teacher]:
+        raise ValueError("an ensemble has no common layers to compare: give one teacher, or a loss on predictions")
     return pair_stages(find_stages(learn.model, xb), find_stages(teacher.model, tuple(teacher.inputs(xb))))

@@ -1,5 +1,6 @@
 "`learn.distill`: what it chooses, that it says so, and that it is nothing but the callback and fit_one_cycle."
 
+import warnings
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
 from fastai.torch_core import params
 from torch import nn
+from torchvision import models
 
 from fasterai_kd import *
 from fasterai_kd.losses._traits import name_of
@@ -267,6 +269,111 @@ def test_classifiers_of_other_classes_are_no_encoders(make_learner):
         net.pretrained_cfg = {}  # which says how its published weights were trained
         kd = make_learner(Net()).distill(net, 1)
         assert kd.loss is loss
+
+
+class ConvHead(Net):
+    "As SqueezeNet: the logits are the average of a map."
+
+    def __init__(self, classes):
+        super().__init__()
+        self.head = nn.Conv2d(8, classes, 1)
+
+    def forward(self, x):
+        return self.head(self.layer2(self.layer1(self.conv1(x)))).mean((2, 3))
+
+
+def saying(net, num_classes):
+    net.num_classes = num_classes
+    return net
+
+
+@pytest.mark.parametrize(
+    ("make", "loss"),
+    [
+        (lambda: saying(ConvHead(7), 7), Attention),
+        (lambda: saying(Net(classes=7), 0), Cosine),
+        (lambda: saying(encoder(), 1000), Cosine),
+        (lambda: nn.Sequential(Net(classes=7), nn.BatchNorm1d(7)), Attention),
+        (lambda: of_classes(ConvHead(7), "abcdefg"), Attention),
+    ],
+    ids=["head of a convolution", "attention pooling", "head taken off", "norm behind the head", "Learner"],
+)
+def test_a_model_or_its_data_tell_whether_it_is_an_encoder(make_learner, make, loss):
+    assert make_learner(Net()).distill(make(), 1).loss is loss
+
+
+def swin():
+    return models.SwinTransformer([4, 4], 8, [1, 1, 1], [2, 2, 2], [2, 2], num_classes=CLASSES)
+
+
+def test_the_logits_of_a_convolution_are_not_the_students_embedding(make_learner):
+    kd = make_learner(saying(ConvHead(CLASSES), CLASSES)).distill(encoder(), 1)
+    assert kd.activations_student == ["layer2"]
+
+
+@pytest.mark.parametrize(
+    ("make", "layer"), [(partial(models.resnet18, num_classes=CLASSES), "layer4"), (swin, "features.5")]
+)
+def test_the_last_stage_learns_the_embedding_although_it_has_one_pixel(make_learner, make, layer):
+    student = make()
+    before = state(student)
+    kd = make_learner(student).distill(encoder(), 1, 1e-2, weight=1.0)
+    assert kd.activations_student == [layer]
+    learned = [name for name, x in student.named_parameters() if not torch.equal(x, before[name])]
+    assert any(name.startswith(layer) and name.endswith("weight") for name in learned)
+
+
+def test_a_student_of_vectors_must_be_told_which_layer_learns_the_embedding(make_learner):
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+    with pytest.raises(ValueError, match=r"the student, a Sequential, has no feature map .* activations_student="):
+        make_learner(mlp).distill(encoder(), 1)
+    layers = {"activations_student": "2", "activations_teacher": "output"}
+    kd = make_learner(mlp).distill(encoder(), 1, loss=Cosine, adapter="auto", **layers)
+    assert all(0 < k < 2 for k in kd.history["kd_loss"])
+
+
+# Ensembles, and Learners of other classes
+
+
+def of_classes(net, names):
+    dls = dls_with(classes)
+    dls.vocab = list(names)
+    return quiet(Learner(dls, net, loss_func=CrossEntropyLossFlat()))
+
+
+@pytest.mark.parametrize("names", ["xdycba", "dcba"], ids=["more", "another order"])
+@pytest.mark.parametrize("freeze_epochs", [None, 1])
+def test_a_teacher_of_more_classes_teaches_those_of_the_student_and_says_so_once(capsys, names, freeze_epochs):
+    teacher, student = of_classes(Net(classes=len(names)), names), of_classes(Net(), "abcd")
+    kd = student.distill(teacher, 1, freeze_epochs=freeze_epochs)
+    assert kd.loss is SoftTarget
+    assert capsys.readouterr().out.count("are picked by the names of the classes: columns ") == 1
+
+
+def test_a_teacher_of_other_classes_is_compared_by_its_features(capsys):
+    kd = of_classes(Net(), "abcd").distill(of_classes(Net(classes=6), "uvwxyz"), 1)
+    assert kd.loss is Attention
+    assert "are picked" not in capsys.readouterr().out
+
+
+def test_a_warning_of_the_teachers_data_comes_once(make_learner, recwarn):
+    teacher = Net()
+    teacher.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        make_learner(Net()).distill(teacher, 1)
+    assert sum("pretrained_cfg says" in str(w.message) for w in recwarn) == 1
+
+
+@pytest.mark.parametrize("loss", [None, FitNet])
+def test_features_of_an_ensemble_are_an_error_that_says_what_to_give(make_learner, loss):
+    with pytest.raises(ValueError, match=r"an ensemble has no common layers .*: give one teacher, or a loss"):
+        make_learner(Net()).distill([Net(classes=7), Net(classes=7)], 1, loss=loss)
+
+
+def test_a_list_of_one_teacher_is_that_teacher(make_learner):
+    kd = make_learner(Net()).distill([encoder()], 1)
+    assert (kd.loss, kd.activations_teacher) == (Cosine, ["output"])
 
 
 # Numbers and independent classes

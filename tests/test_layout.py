@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,6 +98,14 @@ def test_a_model_that_says_how_many_tokens_come_first_is_believed():
     assert token_grid(16, (32, 32), vit) == ((4, 4), 0)  # before they are added
 
 
+def test_registers_of_a_transformers_model_are_found_where_patches_do_not_divide_the_image():
+    "DINOv2 with 4 registers: 128 pixels are 9 patches of 14."
+    model = nn.Sequential(nn.Identity())
+    model[0].config = SimpleNamespace(num_register_tokens=4)
+    assert token_grid(9 * 9 + 5, (128, 128), nn.Identity()) != ((9, 9), 5)
+    assert token_grid(9 * 9 + 5, (128, 128), model) == ((9, 9), 5)
+
+
 # Where the channels are
 
 
@@ -106,7 +115,8 @@ def test_a_model_that_says_how_many_tokens_come_first_is_believed():
         ((2, 64, 7, 7), (224, 224), False),
         ((2, 7, 7, 64), (224, 224), True),
         ((2, 8, 4, 6), (64, 96), False),
-        ((2, 4, 6, 8), (64, 96), True),
+        ((2, 4, 6, 16), (64, 96), True),
+        ((2, 4, 6, 8), (64, 96), False),  # may be 6x8 too, rounded
         ((2, 8, 5, 9), (64, 96), False),  # a convolution without padding
         ((2, 8, 1, 1), (64, 64), False),
         ((2, 4, 4, 8), None, False),  # of no image
@@ -129,6 +139,14 @@ def test_channels_are_found_by_the_images_proportions(shape, size, last):
 )
 def test_where_all_sizes_are_equal_the_layers_modules_tell(layer, last):
     assert is_channels_last(torch.zeros(2, 4, 4, 4), (16, 16), layer) is last
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 30, 23), (2, 4, 3, 5)], ids=["rounded", "without padding"])
+def test_a_convolution_whose_channels_and_height_look_like_the_image_has_its_channels_first(shape):
+    "EfficientNet-B0 gives 40 channels of 30x23 for images of 240x180, whose proportions are those of 40x30."
+    layer = nn.Conv2d(8, shape[1], 1)
+    assert is_channels_last(torch.zeros(shape), (240, 180), layer) is False
+    assert is_channels_last(torch.zeros(2, 40, 30, 23), (240, 180), nn.Linear(8, 23)) is True
 
 
 def test_where_nothing_tells_it_is_an_error_that_says_what_was_seen():

@@ -19,9 +19,11 @@ from fasterai_kd import (
     PKT,
     RKD,
     Attention,
+    EMATeacher,
     FitNet,
     KnowledgeDistillationCallback,
     Similarity,
+    Teacher,
     get_model_layers,
     get_module_by_name,
     match_feature_layers,
@@ -340,8 +342,50 @@ def test_attention_weights_and_tables_that_no_sample_changes_are_never_offered()
     assert chosen(Attends()) == ["blocks.0", "blocks.1"]
 
 
-def test_one_sample_is_compared_with_another_made_of_it_also_if_it_is_blank():
-    assert chosen(Attends(), torch.zeros(1, 3, 16, 16)) == ["blocks.0", "blocks.1"]
+@pytest.mark.parametrize(
+    "x",
+    [torch.zeros(1, 3, 16, 16), torch.zeros(2, 3, 16, 16), torch.ones(8, 3, 16, 16), IMAGE[:1].repeat(4, 1, 1, 1)],
+    ids=["one", "zeros", "ones", "repeated"],
+)
+def test_one_sample_is_compared_with_another_made_of_it_also_if_it_is_blank_or_repeated(x):
+    assert chosen(Attends(), x) == ["blocks.0", "blocks.1"]
+
+
+def squares(net, size=64):
+    "The resolutions at which `net` can be paired with itself."
+    return [row.resolution for row in match_feature_layers(net, net, torch.randn(2, 3, size, size)).rows]
+
+
+def test_activations_within_blocks_with_channels_last_are_never_offered():
+    swin = tv.SwinTransformer([4, 4], 24, [1, 1, 1, 1], [2, 2, 2, 2], [2, 2], num_classes=2)
+    for net in (model("convnext_tiny"), model("timm/edgenext_xx_small"), swin):
+        assert squares(net) == ["16x16", "8x8", "4x4", "2x2"]
+
+
+def test_windows_and_grids_of_attention_are_no_maps():
+    net = tv.MaxVit((64, 64), 16, 2, [16, 32, 64], [1, 1, 1], 16, 0.1, num_classes=2)
+    assert squares(net) == ["32x32", "16x16", "8x8", "4x4"]
+    assert squares(model("timm/mobilevitv2_050")) == ["32x32", "16x16", "8x8", "4x4", "2x2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("twins_svt_small", {"depths": (1, 1, 1, 1)}),
+        ("levit_128s", {"img_size": 64}),
+        ("xcit_nano_12_p16_224", {"depth": 3}),
+    ],
+)
+def test_an_embedding_of_several_layers_or_before_each_stage_is_never_offered(name, kwargs):
+    net = pytest.importorskip("timm").create_model(name, num_classes=2, **kwargs)
+    names = match_feature_layers(model("resnet18"), net, torch.randn(2, 3, 64, 64))["teacher"]
+    assert all(name.startswith(("blocks.", "stages.")) for name in names)
+
+
+def test_where_nothing_is_known_of_the_blocks_the_patch_embedding_is_not_offered_alone():
+    net = nn.Sequential(nn.Conv2d(3, 24, 8, 8), nn.Flatten(2), nn.Linear(16, 17), nn.Linear(17, 17))
+    with pytest.raises(ValueError, match="the teacher's none"):
+        match_feature_layers(model("resnet18"), net, X32)
 
 
 # What may be given
@@ -379,6 +423,12 @@ def test_the_sample_goes_to_the_device_of_each_model(device):
     here, there = nn.Sequential(conv()), nn.Sequential(conv()).to(device)
     for models in ((here, there), (there, here), (there, there)):
         assert match_feature_layers(*models, IMAGE) == {"student": ["0"], "teacher": ["0"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_sample_gets_the_precision_of_each_model(dtype):
+    other = nn.Sequential(conv()).to(dtype)
+    assert match_feature_layers(nn.Sequential(conv()), other, IMAGE) == {"student": ["0"], "teacher": ["0"]}
 
 
 # The models
@@ -512,6 +562,19 @@ def test_learners_may_stand_for_their_models(make_learner, dls):
     assert match_feature_layers(student, teacher, dls.one_batch()[0]) == match_feature_layers(
         student.model, teacher.model, dls.one_batch()[0]
     )
+
+
+def test_a_teacher_may_stand_for_its_model():
+    nets = model("resnet18"), model("resnet34")
+    x = torch.randn(1, 3, 64, 64)
+    assert match_feature_layers(nets[0], Teacher(nets[1]), x) == match_feature_layers(*nets, x)
+
+
+@pytest.mark.parametrize("kind", ["str", "Ensemble", "EMATeacher"])
+def test_what_is_no_model_is_refused_by_its_type(kind):
+    other = {"str": "resnet34", "Ensemble": Teacher([Net(), Net()]), "EMATeacher": EMATeacher()}[kind]
+    with pytest.raises(TypeError, match=f"takes a model, a Learner or a Teacher of one model, got a {kind}"):
+        match_feature_layers(Net(), other, IMAGE)
 
 
 class OfDict(nn.Module):

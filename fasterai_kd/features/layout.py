@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .._modules import find_layer, unwrap
 from .._tensors import shape_of
 
-__all__ = ["Aligner", "Layout", "Layouts", "Size", "is_channels_last", "token_grid"]
+__all__ = ["Aligner", "Layout", "Layouts", "Size", "has_width", "is_channels_last", "token_grid"]
 
 Size = tuple[int, int]  # height and width
 MAX_PREFIX = 5  # class and distillation token, registers
@@ -33,9 +33,9 @@ class Layout(NamedTuple):
 class Layouts:
     """Decides for each layer of one model what it returns, at its first batch, and for each size of images.
 
-    Maps (B, C, H, W) and (B, H, W, C) are told apart by the images' proportions, and where both could be by the layer's
-    own modules. Tokens (B, N, C) lie on a grid of the images' proportions after a few others (class, registers); timm's
-    models say how many. Raises ValueError where that cannot be told.
+    Maps (B, C, H, W) and (B, H, W, C) are told apart by the images' proportions and the layer's own modules. Tokens
+    (B, N, C) lie on a grid of the images' proportions after a few others (class, registers); models of timm, and of
+    transformers with registers, say how many. Raises ValueError where that cannot be told.
     """
 
     def __init__(
@@ -126,21 +126,33 @@ def _mean(x: Tensor) -> Tensor:
 def is_channels_last(x: Tensor, size: Size | None, layer: nn.Module) -> bool | None:
     "Is this a map (B, H, W, C)? None where it may be one or (B, C, H, W), and the layer does not tell."
     first, last = _fit(x.shape[2:], size), _fit(x.shape[1:3], size)
-    if first != last or not first:  # neither, as of convolutions without padding: the channels are where torch has them
-        return last > first
+    if not last:  # nor may the other fit, as of convolutions without padding: the channels are where torch has them
+        return False
     kinds = {type(m).__name__ for m in layer.modules()}
+    if not has_width(layer, x.shape[3]):  # as activations do not, and convolutions whose map looks so by chance
+        return not first and not any("2d" in kind for kind in kinds)
+    if last > first:
+        return True
     if not any(_is_norm_of_last_dim(kind) for kind in kinds) or "BatchNorm2d" in kinds:
         return False
     return None if any("Conv2d" in kind for kind in kinds) else True
 
 
+def has_width(layer: nn.Module, channels: int) -> bool:
+    "Does a part of the layer work on the last dimension of its output, as those of transformers do?"
+    return any(
+        getattr(m, "out_features", 0) == channels or tuple(getattr(m, "normalized_shape", ()))[-1:] == (channels,)
+        for m in layer.modules()
+    )
+
+
 def token_grid(
     n: int,  # tokens
     size: Size,  # of the images
-    model: nn.Module,  # timm's say how many tokens come first
+    model: nn.Module,  # those of timm, and of transformers with registers, say how many tokens come first
 ) -> tuple[Size, int] | None:
     "The grid, and how many tokens come before it: as few as can be. None where there is no such grid."
-    told = {k for m in unwrap(model).modules() if isinstance(k := getattr(m, "num_prefix_tokens", None), int)}
+    told = {k for m in unwrap(model).modules() if (k := _prefix_of(m)) is not None}
     exact, rounded = _grids(size)
     known = [*told, 0] if told else []
     tries = ((known, exact + rounded), (range(MAX_PREFIX + 1), exact), (range(3), rounded))
@@ -150,6 +162,13 @@ def token_grid(
             if found is not None:
                 return found, prefix
     return None
+
+
+def _prefix_of(module: nn.Module) -> int | None:
+    "How many tokens it says come first: in timm all, in transformers the registers, after a class token."
+    registers = getattr(getattr(module, "config", None), "num_register_tokens", None)
+    told = registers + 1 if isinstance(registers, int) else getattr(module, "num_prefix_tokens", None)
+    return told if isinstance(told, int) else None
 
 
 def _grids(size: Size) -> tuple[list[Size], list[Size]]:

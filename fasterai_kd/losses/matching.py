@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from fastai.learner import Learner
 from torch import Tensor, nn
 
 from ._stages import Stages, find_stages
@@ -38,7 +37,7 @@ def get_module_by_name(
 
 def match_feature_layers(
     student_model: nn.Module,  # or a Learner
-    teacher_model: nn.Module,  # or a Learner
+    teacher_model: nn.Module,  # or a Learner, or a `Teacher` of one model
     sample_input: Tensor | tuple[Tensor, ...],  # a batch as the models see it, one sample is enough
 ) -> "LayerPairs":
     """Pairs of layers whose feature maps have the same resolution, from large to small.
@@ -48,18 +47,18 @@ def match_feature_layers(
     Dropout and Identity do not count, nor do 1×1 maps. Both models are left as they were.
 
     Of a transformer the blocks count, never the embedding of the patches, a projection of the pixels. A plain vision
-    transformer has one resolution, so its L blocks pair by relative depth: map i of n goes with block ⌈i·L/n⌉.
+    transformer has one resolution, so its L blocks pair by relative depth: map i of n goes with block ⌈i·L/n⌉. Where a
+    model has attention in windows, maps have the images' proportions, within a factor of 2.
 
     Returns `{"student": [names], "teacher": [names]}`, which prints as a table.
-    Raises ValueError if no resolution is shared.
+    Raises ValueError if no resolution is shared, TypeError for what is no model.
     """
     if hasattr(sample_input, "one_batch") or hasattr(sample_input, "train"):
         raise TypeError(
             f"sample_input is a batch as the models see it, got a {type(sample_input).__name__}: give "
             "dls.one_batch()[0]"
         )
-    models = [m.model if isinstance(m, Learner) else m for m in (student_model, teacher_model)]
-    return pair_stages(*(find_stages(m, sample_input) for m in models))
+    return pair_stages(*(find_stages(_model_of(m), sample_input) for m in (student_model, teacher_model)))
 
 
 def pair_stages(student: Stages, teacher: Stages) -> "LayerPairs":
@@ -71,6 +70,16 @@ def pair_stages(student: Stages, teacher: Stages) -> "LayerPairs":
             "Name layers by hand: Attention takes maps of any resolution, Similarity any features"
         )
     return LayerPairs([s for s, _ in names], [t for _, t in names], student.shapes, teacher.shapes)
+
+
+def _model_of(source: Any) -> nn.Module:
+    "The model of a Learner or `Teacher`."
+    model = source if isinstance(source, nn.Module) else getattr(source, "model", None)
+    if not isinstance(model, nn.Module) or isinstance(model, nn.ModuleList):
+        raise TypeError(
+            f"match_feature_layers takes a model, a Learner or a Teacher of one model, got a {type(source).__name__}"
+        )
+    return model
 
 
 class LayerPair(NamedTuple):

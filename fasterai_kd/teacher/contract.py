@@ -1,14 +1,14 @@
 "What the teacher was trained on, held against the student's data: normalization, image size, words, tables."
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from .._modules import unwrap
+from ._notices import Notices
 from .inputs import image_size, normalization, renormalize
-from .vocab import Vocabularies, difference_of, say, vocabularies
+from .vocab import Vocabularies, difference_of, vocabularies
 
 __all__ = ["compare_inputs"]
 
@@ -17,39 +17,38 @@ def compare_inputs(
     model: nn.Module,
     theirs: Any,  # dataloaders of the teacher, if it came with some
     own: Any,  # the student's
+    notices: Notices,
 ) -> Callable[..., Any] | None:
     "How the student's inputs become the teacher's, if they must; warnings where that cannot be told."
     if not hasattr(own, "after_batch"):  # torch's loaders do not tell
-        _warn_of_unknown(normalization(theirs))
+        _warn_of_unknown(normalization(theirs), notices)
         return None
     if theirs is None:
-        _compare_config(model, normalization(own))
+        _compare_config(model, normalization(own), notices)
         return None
-    _compare_words(vocabularies(theirs), vocabularies(own))
-    _compare_tables(theirs, own)
-    _compare_sizes(image_size(theirs), image_size(own))
-    return _renormalized(normalization(own), normalization(theirs))
+    _compare_words(vocabularies(theirs), vocabularies(own), notices)
+    _compare_tables(theirs, own, notices)
+    _compare_sizes(image_size(theirs), image_size(own), notices)
+    return _renormalized(normalization(own), normalization(theirs), notices)
 
 
-def _compare_words(theirs: Vocabularies, own: Vocabularies) -> None:
+def _compare_words(theirs: Vocabularies, own: Vocabularies, notices: Notices) -> None:
     "Of texts: a warning where the same number means another word."
     for a, b in zip(theirs.inputs, own.inputs, strict=False):
         if a is not None and b is not None and (difference := difference_of(a, b)):
-            warnings.warn(
+            notices.warn(
                 f"teacher and student have different vocabularies: {difference}. The teacher reads other words than "
                 "the student: make the student's dataloaders with the teacher's words",
-                stacklevel=2,
             )
 
 
-def _compare_tables(theirs: Any, own: Any) -> None:
+def _compare_tables(theirs: Any, own: Any, notices: Notices) -> None:
     "Of fastai's tables: a warning where the same number means another category or value."
     difference = _table_difference(theirs, own) if hasattr(theirs, "cat_names") and hasattr(own, "cat_names") else None
     if difference:
-        warnings.warn(
+        notices.warn(
             f"teacher and student process their tables differently: {difference}. Make the student's dataloaders from "
             "the teacher's: DataLoaders(teacher.dls.test_dl(train_df, shuffle=True), teacher.dls.test_dl(valid_df))",
-            stacklevel=2,
         )
 
 
@@ -82,44 +81,41 @@ def _procs(dls: Any, kind: str) -> Mapping[Any, Any]:
     return kept if isinstance(kept, Mapping) else {}
 
 
-def _compare_sizes(theirs: Any, own: Any) -> None:
+def _compare_sizes(theirs: Any, own: Any, notices: Notices) -> None:
     if theirs is not None and own is not None and theirs != own:
-        warnings.warn(
+        notices.warn(
             f"the teacher was trained on images of {_by(theirs)}, the student's dataloaders give {_by(own)}: if "
             "the teacher is worse on these, give Teacher(..., tfm=...) a function that resizes them",
-            stacklevel=2,
         )
 
 
-def _warn_of_unknown(theirs: Any) -> None:
+def _warn_of_unknown(theirs: Any, notices: Notices) -> None:
     "The teacher's dataloaders normalize; those of the student are torch's."
     if theirs is not None:
-        warnings.warn(
+        notices.warn(
             f"the teacher was trained on inputs normalized with {_stats(theirs)}, torch's dataloaders of the student "
             "do not tell how theirs are: give Teacher(..., tfm=renormalize(student_stats, teacher_stats)) or, if they "
             "are the same, teacher.model in place of the Learner",
-            stacklevel=2,
         )
 
 
-def _renormalized(own: Any, theirs: Any) -> Callable[..., Any] | None:
+def _renormalized(own: Any, theirs: Any, notices: Notices) -> Callable[..., Any] | None:
     if own == theirs or (own and theirs and _close(own, theirs)):
         return None
     channels = len((own or theirs)[0])
     none = [0.0] * channels, [1.0] * channels
     own, theirs = own or none, theirs or none
     if len(own[0]) != len(theirs[0]):
-        warnings.warn(
+        notices.warn(
             f"the teacher was normalized with {len(theirs[0])} channels, the student's images with {len(own[0])}: give "
             "Teacher(..., tfm=...) a function that makes its inputs",
-            stacklevel=2,
         )
         return None
-    say(f"the teacher's inputs are renormalized: {_stats(own)} become {_stats(theirs)}")
+    notices.say(f"the teacher's inputs are renormalized: {_stats(own)} become {_stats(theirs)}")
     return renormalize(own, theirs)
 
 
-def _compare_config(model: nn.Module, own: Any) -> None:
+def _compare_config(model: nn.Module, own: Any, notices: Notices) -> None:
     "timm's models say what their published weights were trained with."
     config = getattr(unwrap(model), "pretrained_cfg", None)
     if not isinstance(config, Mapping) or config.get("mean") is None:
@@ -127,10 +123,9 @@ def _compare_config(model: nn.Module, own: Any) -> None:
     theirs = list(config["mean"]), list(config["std"])
     own = own or ([0.0] * len(theirs[0]), [1.0] * len(theirs[0]))
     if len(theirs[0]) == len(own[0]) and not _close(own, theirs):
-        warnings.warn(
+        notices.warn(
             f"the teacher's pretrained_cfg says {_stats(theirs)}, the dataloaders normalize with {_stats(own)}. If it "
             f"has these weights, give Teacher(model, tfm=renormalize({own}, {theirs}))",
-            stacklevel=2,
         )
 
 

@@ -12,7 +12,7 @@ from fastai.data.transforms import Normalize
 from fastai.vision.core import TensorImage
 from torch import Tensor, nn
 
-from .._tensors import device_of, map_tensors, plain, shape_of, tensors
+from .._tensors import as_input, device_of, map_tensors, plain, shape_of, tensors
 
 __all__ = ["renormalize"]
 
@@ -81,7 +81,7 @@ def prepared(model: nn.Module, xb: Sequence[Any]) -> list[Any]:
         return inputs
     if p.device != device:
         model.to(device)
-    return [map_tensors(lambda x: x.to(p.dtype) if x.is_floating_point() else x, x) for x in inputs]
+    return [map_tensors(lambda x: as_input(x, p), x) for x in inputs]
 
 
 def autocast(dtype: torch.dtype | None, inputs: Sequence[Any]) -> Any:

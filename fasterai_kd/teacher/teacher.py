@@ -13,6 +13,7 @@ from .._modules import evaluating, is_output, keeps_state
 from .._tensors import pixels, plain, predictions, size_of
 from ..features.hooks import FeatureHooks
 from ._fingerprint import fingerprint
+from ._notices import Notices
 from ._packing import PREDICTIONS
 from .cache import TeacherCache
 from .contract import compare_inputs
@@ -147,8 +148,9 @@ class Teacher:
     ) -> None:
         "The student's inputs and classes become the teacher's where their data tell how; a given `tfm` is left alone."
         if self.tfm is None:
-            self._inputs = InputTransform(compare_inputs(self.model, self.dls, dls))
-        self._columns = student_columns(self.dls, self.model, dls) if compares_classes else None
+            self._inputs = InputTransform(compare_inputs(self.model, self.dls, dls, self._notices))
+        known = self.dls, self.model, dls, self._notices
+        self._columns = student_columns(*known) if compares_classes else None
 
     def begin_epoch(self, training: bool) -> None:
         "A recurrent model forgets its state, as fastai resets the student's; are the weights still the same?"
@@ -204,6 +206,7 @@ class Teacher:
         self._hooks: dict[tuple[str, ...], FeatureHooks] = {}
         self._fingerprint, self._looked, self._fits, self._is_half = "", False, False, False
         self._columns = None  # of the predictions, for the student's classes
+        self._notices = Notices()
         self._checked = False
 
     def _take(self, source: Any) -> None:
@@ -269,7 +272,9 @@ class Teacher:
 
 
 def as_teacher(source: Any) -> Teacher:
-    "A `Teacher` as it is, or one of a model, a Learner, a path or a list."
+    "A `Teacher` as it is, or one of a model, a Learner, a path or a list; a list of one is that one."
+    if isinstance(source, (list, tuple)) and len(source) == 1:
+        return as_teacher(source[0])
     return source if isinstance(source, Teacher) else Teacher(source)
 
 

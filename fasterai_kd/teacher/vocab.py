@@ -1,15 +1,14 @@
 "What the numbers in a batch mean to teacher and student: words of texts, classes."
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastai.torch_core import rank_distrib
 from torch import nn
 
 from .._modules import unwrap
+from ._notices import Notices
 
-__all__ = ["Vocabularies", "class_columns", "difference_of", "say", "student_columns", "vocabularies"]
+__all__ = ["Vocabularies", "class_columns", "difference_of", "student_columns", "vocabularies"]
 
 
 class Vocabularies(NamedTuple):
@@ -40,12 +39,15 @@ def student_columns(
     theirs: Any,  # dataloaders of the teacher, if it came with some
     model: nn.Module,
     own: Any,  # the student's
+    notices: Notices,
 ) -> list[int] | None:
     "Of the teacher's predictions, where the classes of both are known; None: all."
     known, students = vocabularies(theirs), vocabularies(own)
-    _compare_other_targets(known, students)
+    _compare_other_targets(known, students, notices)
     names, sure = _names_of_classes(known.classes, model)
-    return None if names is None or students.classes is None else class_columns(names, students.classes, sure)
+    if names is None or students.classes is None:
+        return None
+    return class_columns(names, students.classes, sure, notices)
 
 
 def _names_of_classes(own: list[Any] | None, model: nn.Module) -> tuple[list[Any] | None, bool]:
@@ -60,6 +62,7 @@ def class_columns(
     theirs: Sequence[Any],  # classes of the teacher
     own: Sequence[Any],  # of the student
     sure: bool,  # do both mean the same by a name?
+    notices: Notices,
 ) -> list[int] | None:
     "Which of the teacher's predictions the student's classes are; ValueError for a class that the teacher lacks."
     if list(theirs) == list(own):
@@ -73,18 +76,19 @@ def class_columns(
             "are the same under other names, and in the same order, give teacher.model in place of the Learner"
         )
     columns = [list(theirs).index(name) for name in own]
-    say(f"the teacher's predictions are picked by the names of the classes: columns {_some(columns)} of {len(theirs)}")
+    notices.say(
+        f"the teacher's predictions are picked by the names of the classes: columns {_some(columns)} of {len(theirs)}"
+    )
     return columns
 
 
-def _compare_other_targets(theirs: Vocabularies, own: Vocabularies) -> None:
+def _compare_other_targets(theirs: Vocabularies, own: Vocabularies, notices: Notices) -> None:
     "A warning where the classes of a second target differ, whose predictions are not picked."
     for i, (a, b) in enumerate(zip(theirs.targets[1:], own.targets[1:], strict=False), 2):
         if a is not None and b is not None and (difference := difference_of(a, b)):
-            warnings.warn(
+            notices.warn(
                 f"teacher and student have different classes for target {i}: {difference}. Only the predictions for "
                 "the first target are picked by name: make the student's dataloaders with the teacher's vocab",
-                stacklevel=2,
             )
 
 
@@ -105,11 +109,6 @@ def _names(vocab: Any) -> list[Any] | None:
     names = list(vocab)
     is_nested = bool(names) and all(isinstance(v, Iterable) and not isinstance(v, str) for v in names)
     return None if is_nested else names
-
-
-def say(text: str) -> None:
-    if rank_distrib() == 0:
-        print(text)
 
 
 def _some(items: Sequence[Any]) -> str:
