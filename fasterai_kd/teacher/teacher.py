@@ -149,8 +149,7 @@ class Teacher:
         "The student's inputs and classes become the teacher's where their data tell how; a given `tfm` is left alone."
         if self.tfm is None:
             self._inputs = InputTransform(compare_inputs(self.model, self.dls, dls, self._notices))
-        known = self.dls, self.model, dls, self._notices
-        self._columns = student_columns(*known) if compares_classes else None
+        self._columns = student_columns(self.dls, self.model, dls, self._notices) if compares_classes else None
 
     def begin_epoch(self, training: bool) -> None:
         "A recurrent model forgets its state, as fastai resets the student's; are the weights still the same?"
@@ -205,8 +204,7 @@ class Teacher:
     def _init_state(self) -> None:
         self._hooks: dict[tuple[str, ...], FeatureHooks] = {}
         self._fingerprint, self._looked, self._fits, self._is_half = "", False, False, False
-        self._columns = None  # of the predictions, for the student's classes
-        self._notices = Notices()
+        self._columns, self._notices = None, Notices()  # of the predictions, for the student's classes
         self._checked = False
 
     def _take(self, source: Any) -> None:
