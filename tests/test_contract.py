@@ -1,6 +1,7 @@
 "A teacher gets what it was trained on, and mistakes are named with their fix."
 
 import contextlib
+import copy
 from functools import partial
 
 import numpy as np
@@ -288,6 +289,14 @@ def test_a_loss_of_ones_own_on_several_outputs_gets_the_teachers_classes_in_the_
     torch.testing.assert_close(seen[0], seen[1])
     kd = KnowledgeDistillationCallback(teacher, select(SoftTarget, student=1), task_weight=0.0, weight=1.0)
     assert student.validate(cbs=kd)[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_it_is_said_once_by_each_callback_also_by_a_copy(tmp_path, capsys):
+    student, teacher = other_order(tmp_path)
+    kd = KnowledgeDistillationCallback(teacher, SoftTarget)
+    for cb in (kd, kd, copy.deepcopy(kd)):
+        student.validate(cbs=cb)
+    assert capsys.readouterr().out.count("picked by the names of the classes") == 2
 
 
 def test_a_class_that_the_teacher_lacks_is_an_error(tmp_path):

@@ -134,7 +134,7 @@ class Teacher:
         own = {id(m) for m in self.model.modules()} | {id(p) for p in self.model.parameters() if p.requires_grad}
         if id(student) in own:
             raise ValueError("teacher and student are the same model: train a new one, e.g. a smaller one")
-        shared = next((name for name, p in student.named_parameters() if p.requires_grad and id(p) in own), None)
+        shared = next((name for name, p in student.named_parameters() if id(p) in own), None)
         if shared is not None:
             raise ValueError(f"teacher and student share the trainable parameter {shared!r}: give the student a copy")
         self._looked, self._checked, self._fits = False, False, True
