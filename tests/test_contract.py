@@ -307,6 +307,13 @@ def test_a_class_that_the_teacher_lacks_is_an_error(tmp_path):
         student.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget))
 
 
+def test_classes_do_not_matter_where_layers_alone_are_compared(tmp_path, capsys):
+    teacher = learner(data(tmp_path, vocab=("ape", "bee", "cat", "dog", "eel")), Net(classes=5))
+    student = learner(data(tmp_path, vocab=("ape", "bee", "cat", "dog", "fox")), Net(classes=5))
+    student.fit(1, cbs=KnowledgeDistillationCallback(teacher, Attention, "layer1", "layer1"))
+    assert capsys.readouterr().out == ""
+
+
 def test_made_up_labels_of_a_transformers_config_are_not_compared(tmp_path):
     model = Net()
     model.config = type("Config", (), {"id2label": {i: f"LABEL_{i}" for i in range(4)}})()

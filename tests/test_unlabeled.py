@@ -406,6 +406,15 @@ def test_what_gives_no_images_is_refused_at_once(teacher, bad, error, text):
         KnowledgeDistillationCallback(teacher, SoftTarget, unlabeled=bad)
 
 
+def test_a_list_is_drawn_in_random_order(make_learner, teacher):
+    learn, seen = make_learner(), []
+    learn.model.register_forward_pre_hook(lambda m, args: seen.append(args[0][4:]))
+    learn.fit(1, cbs=KnowledgeDistillationCallback(teacher, SoftTarget, unlabeled=list(range(24))))
+    order = [int((x == IMAGES).flatten(1).all(1).nonzero()) for x in torch.cat(seen)]
+    assert len(set(order)) == 16
+    assert order != sorted(order)
+
+
 def test_a_list_needs_fastais_dataloaders(make_learner, teacher):
     learn = make_learner()
     learn.dls.loaders = [extra(), extra()]
