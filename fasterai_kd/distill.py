@@ -91,7 +91,9 @@ _OPTIONS = {"activations_student", "activations_teacher", "schedule", "task_weig
 
 def _choose(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], y: Any) -> Choice:
     if teacher.model is None:
-        raise TypeError("distill cannot take an EMATeacher: give it to KnowledgeDistillationCallback and use `fit`")
+        raise TypeError(
+            "distill cannot pick a loss for an EMATeacher, which has yet to be made: give loss=SoftTarget, say"
+        )
     with torch.no_grad(), evaluating(learn.model):
         pred = predictions(learn.model(*xb), "the student")
     y = index_labels(y, pred)
@@ -176,7 +178,8 @@ def _pairs(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], shapes: str) -
 
 
 def _match(learn: Learner, teacher: Teacher, xb: tuple[Any, ...]) -> LayerPairs:
-    "Each model on its own inputs."
+    "Each model on its own inputs; an average of the student has its layers."
+    model = learn.model if teacher.model is None else teacher.model
     if teacher.members != [teacher]:
         raise ValueError("an ensemble has no common layers to compare: give one teacher, or a loss on predictions")
-    return pair_stages(find_stages(learn.model, xb), find_stages(teacher.model, tuple(teacher.inputs(xb))))
+    return pair_stages(find_stages(learn.model, xb), find_stages(model, tuple(teacher.inputs(xb))))

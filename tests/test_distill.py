@@ -193,9 +193,15 @@ def test_predictions_are_the_first_of_several_outputs_as_of_text_models(make_lea
     assert "distill with SoftTarget, since both predict the same 4 classes" in capsys.readouterr().out
 
 
-def test_an_average_that_has_yet_to_be_made_is_refused(make_learner):
-    with pytest.raises(TypeError, match="distill cannot take an EMATeacher"):
+def test_no_loss_is_picked_for_an_average_that_has_yet_to_be_made(make_learner):
+    with pytest.raises(TypeError, match="distill cannot pick a loss for an EMATeacher"):
         make_learner().distill(EMATeacher(), 1)
+
+
+@pytest.mark.parametrize("loss", [SoftTarget, Attention], ids=lambda f: f.__name__)
+def test_an_average_of_the_student_teaches_by_a_loss_that_is_given(make_learner, loss):
+    kd = make_learner().distill(EMATeacher(), 1, loss=loss, weight=0.5)
+    assert len(kd.history["kd_loss"]) == 4
 
 
 @pytest.mark.works("tasks", "torch's own DataLoaders in fastai's DataLoaders")
