@@ -180,6 +180,5 @@ def _pairs(learn: Learner, teacher: Teacher, xb: tuple[Any, ...], shapes: str) -
 def _match(learn: Learner, teacher: Teacher, xb: tuple[Any, ...]) -> LayerPairs:
     "Each model on its own inputs; an average of the student has its layers."
     model = learn.model if teacher.model is None else teacher.model
-    if teacher.members != [teacher]:
-        raise ValueError("an ensemble has no common layers to compare: give one teacher, or a loss on predictions")
+    teacher.find_layers([OUTPUT])  # which an ensemble refuses
     return pair_stages(find_stages(learn.model, xb), find_stages(model, tuple(teacher.inputs(xb))))

@@ -20,7 +20,7 @@ from .data.unlabeled import (
     placeholder,
     student_batches,
 )
-from .data.views import RepeatedViews
+from .data.views import views_of
 from .extra_optimizers import ExtraOptimizers
 from .features.adapters import Adapters
 from .features.hooks import warn_if_fixed
@@ -75,8 +75,8 @@ class Distiller:
         if self.teacher is None:
             return
         student = unwrap(learn.model)
-        views = next((cb.k for cb in learn.cbs if isinstance(cb, RepeatedViews)), 1)
-        self.teacher.begin_fit(student, views, trial)
+        views = views_of(learn)
+        self.teacher.begin_fit(student, 1 if views is None else views.k, trial)
         self.teacher.find_layers(self.evaluator.teacher, student)
         self._student.hooks.layers(learn.model)
         self.teacher.meet_data(learn.dls, self.evaluator.names("teacher_pred") or bool(self._history.compares))

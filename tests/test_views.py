@@ -107,20 +107,27 @@ def test_the_seed_is_another_series_of_views():
     assert not torch.equal(views[0], views[2])
 
 
-@works("training features", "RepeatedViews: the cache hits from epoch k on")
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_the_cache_hits_from_epoch_k_on_and_the_student_is_the_one_without_it(teacher, k):
-    students, calls = [], []
+def without_and_with_cache(teacher, k, unlabeled=lambda: None):
+    "The student and what it saw, of each; and how many samples the teacher saw with the cache."
+    fits, calls = [], []
     teacher.register_forward_hook(lambda m, args, out: calls.append(len(out)))
     for cache in (None, True):
         calls.clear()
         torch.manual_seed(2)
-        model = nn.Sequential(Net())
+        model, mine = nn.Sequential(Net()), Teacher(teacher, cache=cache)
+        kd = KnowledgeDistillationCallback(mine, SoftTarget, distill_valid=False, unlabeled=unlabeled())
         set_seed(3)
-        kd = KnowledgeDistillationCallback(Teacher(teacher, cache=cache), SoftTarget, distill_valid=False)
-        students.append(state(fit(loaders(), kd, RepeatedViews(k), model=model)[0].model))
+        learn, seen = fit(loaders(), kd, RepeatedViews(k), model=model)
+        fits.append((state(learn.model), seen))
+    return *zip(*fits, strict=True), sum(calls)
+
+
+@works("training features", "RepeatedViews: the cache hits from epoch k on")
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_cache_hits_from_epoch_k_on_and_the_student_is_the_one_without_it(teacher, k):
+    students, _, samples = without_and_with_cache(teacher, k)
     assert same(*students)
-    assert sum(calls) == 16 * k + 4  # one batch more, to look
+    assert samples == 16 * k + 4  # one batch more, to look
 
 
 UNLABELED = {
@@ -136,21 +143,11 @@ UNLABELED = {
 
 @pytest.mark.parametrize("unlabeled", UNLABELED)
 def test_unlabeled_images_repeat_with_the_views(teacher, unlabeled):
-    students, calls = [], []
-    teacher.register_forward_hook(lambda m, args, out: calls.append(len(out)))
-    for cache in (None, True):
-        calls.clear()
-        torch.manual_seed(2)
-        model = nn.Sequential(Net())
-        kd = KnowledgeDistillationCallback(
-            Teacher(teacher, cache=cache), SoftTarget, distill_valid=False, unlabeled=UNLABELED[unlabeled]()
-        )
-        set_seed(3)
-        _, seen = fit(loaders(), kd, RepeatedViews(2), model=model)
-        assert all(map(torch.equal, seen.epochs[0], seen.epochs[2]))
-        students.append(state(model))
+    students, seen, samples = without_and_with_cache(teacher, 2, UNLABELED[unlabeled])
+    for inputs in seen:
+        assert all(map(torch.equal, inputs.epochs[0], inputs.epochs[2]))
     assert same(*students)
-    assert sum(calls) == 2 * 32 + 8  # each view of an image with a label and of one without, and a look
+    assert samples == 2 * 32 + 8  # each view of an image with a label and of one without, and a look
 
 
 def test_unlabeled_images_do_not_change_the_views_of_labeled_ones(teacher):

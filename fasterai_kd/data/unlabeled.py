@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from operator import length_hint
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from .._tensors import device_of, join, predictions, size_of, tensors
-from .views import OwnDraws, RepeatedViews
+from .views import OwnDraws, RepeatedViews, views_of
 
 __all__ = [
     "UnlabeledInputs",
@@ -44,7 +45,7 @@ class UnlabeledInputs:
         is_loader = isinstance(source, (DataLoader, TorchDataLoader))
         if not is_loader and (isinstance(source, (str, bytes, Mapping)) or not isinstance(source, Sequence)):
             raise TypeError(f"unlabeled must be a DataLoader or a list of items, got a {type(source).__name__}")
-        if _length(source) == 0:
+        if not length_hint(source, 1):  # a stream has no length
             raise ValueError(NO_BATCH if is_loader else "unlabeled has no items")
         self._source, self._is_loader = source, is_loader
         self._loader: Any = None
@@ -56,7 +57,7 @@ class UnlabeledInputs:
     def begin_fit(self, learn: Learner) -> None:
         "With the transforms of the learner's training data, if it was given items."
         self.end_fit()
-        self._views = next((cb for cb in learn.cbs if isinstance(cb, RepeatedViews)), None)
+        self._views = views_of(learn)
         self._n_inp = getattr(learn.dls, "n_inp", 1)
         self._loader = self._source if self._is_loader else _loader_of_items(self._source, learn.dls)
 
@@ -104,14 +105,6 @@ class UnlabeledInputs:
         world = num_distrib() or 1
         batches = iter(self._loader)
         return islice(batches, rank_distrib(), None, world) if world > 1 and self._is_loader else batches
-
-
-def _length(source: Any) -> int | None:
-    "None for a loader that does not know, as of an IterableDataset."
-    try:
-        return len(source)
-    except TypeError:
-        return None
 
 
 def _none() -> None:

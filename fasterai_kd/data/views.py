@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from fastai.learner import Learner
 
-__all__ = ["OwnDraws", "RepeatedViews"]
+__all__ = ["OwnDraws", "RepeatedViews", "views_of"]
 
 
 class RepeatedViews(Callback):
@@ -71,6 +72,11 @@ class RepeatedViews(Callback):
             self._switch(draws=False)
             self._draws = None
         super().__setattr__(name, value)
+
+
+def views_of(learn: Learner) -> RepeatedViews | None:
+    "Of the learner's callbacks, the one that repeats views."
+    return next((cb for cb in learn.cbs if isinstance(cb, RepeatedViews)), None)
 
 
 class OwnDraws:
