@@ -251,11 +251,11 @@ class Teacher:
         if not self._looked or not self._fits:
             self._look_at_weights(fitting=False)
         kinds = [(type(t).__module__, type(t).__qualname__, t.dtype) for t in (self, *self.members)]
-        dtypes = [dtype for _, _, dtype in kinds] + [autocast_dtype(xb)]
+        students = autocast_dtype(xb)
         alone = size_of(xb) == 1  # a product with one row rounds otherwise than with several
         method = getattr(self.method, "__name__", "")
-        how = self._fingerprint, kinds, method, [*layers], class_dim, reads_predictions, as_returned, dtypes[-1], alone
-        half = self._is_half or any(dtype in HALF for dtype in dtypes)
+        how = self._fingerprint, kinds, method, [*layers], class_dim, reads_predictions, as_returned, students, alone
+        half = self._is_half or any(dtype in HALF for dtype in (students, *(dtype for _, _, dtype in kinds)))
         outputs = cache.fetch(xb, run, str(how), half)
         if cache.is_due:
             self._look_at_weights()
